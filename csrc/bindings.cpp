@@ -1,0 +1,59 @@
+// The only file that knows pybind11: tensors arrive as (address, dtype code, sizes, strides), one line per entry point.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "common/tensor.h"
+#include "rope/problem.h"
+
+namespace py = pybind11;
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<kx::Tensor> {
+  PYBIND11_TYPE_CASTER(kx::Tensor, const_name("Tensor"));
+
+  bool load(handle source, bool) {
+    if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) != 4) {
+      return false;
+    }
+    PyObject* const* field = reinterpret_cast<PyTupleObject*>(source.ptr())->ob_item;
+    if (!PyTuple_Check(field[2]) || !PyTuple_Check(field[3])) {
+      return false;
+    }
+    const auto rank = PyTuple_GET_SIZE(field[2]);
+    if (rank > kx::Tensor::kMaxRank || PyTuple_GET_SIZE(field[3]) != rank) {
+      return false;
+    }
+    value.data = PyLong_AsVoidPtr(field[0]);
+    value.dtype = static_cast<kx::DType>(PyLong_AsLong(field[1]));
+    value.rank = static_cast<int>(rank);
+    for (Py_ssize_t d = 0; d < rank; ++d) {
+      value.size[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(field[2], d));
+      value.stride[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(field[3], d));
+    }
+    if (PyErr_Occurred() != nullptr) {
+      throw error_already_set();
+    }
+    return true;
+  }
+};
+
+}  // namespace pybind11::detail
+
+#define KX_STRING_(x) #x
+#define KX_STRING(x) KX_STRING_(x)
+
+PYBIND11_MODULE(KX_MODULE_NAME, m) {
+#ifndef KX_NO_CPU
+  m.def("rope_cpu", &kx::rope::cpu, py::call_guard<py::gil_scoped_release>());
+#endif
+#ifdef KX_HAS_CUDA
+  m.attr("has_cuda") = true;
+  m.attr("cuda_architectures") = KX_STRING(KX_CUDA_ARCHITECTURES);
+  m.def("rope_cuda", &kx::rope::cuda);
+#else
+  m.attr("has_cuda") = false;
+  m.attr("cuda_architectures") = "";
+#endif
+}

@@ -1,0 +1,28 @@
+// A CPU kernel's source is compiled once per instruction set, each time in a namespace of that name (KX_ISA is portable,
+// avx2 or avx512). Code that is the same in all of them must not be shared through inline functions of the standard
+// library, or the linker may keep a copy that the machine cannot run.
+#pragma once
+
+namespace kx {
+
+enum class Isa { kPortable, kAvx2, kAvx512 };
+
+// The widest instruction set that this machine runs, or the one that KX_CPU_ISA names if it runs that.
+Isa isa();
+
+}  // namespace kx
+
+// Calls `function` of the namespace that this machine should run.
+#ifdef KX_X86
+#define KX_DISPATCH(function, ...)              \
+  switch (::kx::isa()) {                        \
+    case ::kx::Isa::kAvx512:                    \
+      return avx512::function(__VA_ARGS__);     \
+    case ::kx::Isa::kAvx2:                      \
+      return avx2::function(__VA_ARGS__);       \
+    default:                                    \
+      return portable::function(__VA_ARGS__);   \
+  }
+#else
+#define KX_DISPATCH(function, ...) return portable::function(__VA_ARGS__)
+#endif

@@ -1,0 +1,11 @@
+"""Efficient-attention operators for PyTorch, each written as a reference, C++, Triton and CUDA kernel."""
+
+__version__ = "0.1.0"
+
+from . import nn
+from ._core.dispatch import UnsupportedError, backend
+from ._core.explain import explain
+from .ops.rope.api import rope
+from .ops.rope.tables import rope_tables
+
+__all__ = ["UnsupportedError", "backend", "explain", "nn", "rope", "rope_tables"]

@@ -1,0 +1,1 @@
+"""What every operator shares: choosing a backend, checking arguments, and the torch.library registration."""

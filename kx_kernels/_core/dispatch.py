@@ -1,0 +1,72 @@
+"""Choosing a backend: `auto` takes the first that can serve, a name must serve or raise."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+AUTO = "auto"
+NAMES = ("cuda", "triton", "cpu", "reference")
+
+
+class Backend(NamedTuple):
+    """One implementation of one operator.
+
+    unsupported(problem): why it cannot serve this call, or None if it can.
+    run(problem): tensors in, fresh tensors out (or the operator's documented in-place form).
+    """
+
+    name: str
+    unsupported: Callable[[Any], str | None]
+    run: Callable[[Any], Any]
+
+
+class UnsupportedError(RuntimeError):
+    """A backend was asked for by name and cannot serve this call."""
+
+
+def _checked(name: str, source: str) -> str:
+    if name != AUTO and name not in NAMES:
+        raise ValueError(f"{source} is {name!r}; expected one of {', '.join(map(repr, (AUTO, *NAMES)))}")
+    return name
+
+
+_default = _checked(os.environ.get("KX_BACKEND", AUTO), "environment variable KX_BACKEND")
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Within the block, calls that pass no `backend=` use this one ("auto", "cuda", "triton", "cpu" or "reference").
+
+    Process-wide, like torch.backends flags: threads that autograd starts see it too.
+    """
+    global _default
+    before, _default = _default, _checked(name, "backend")
+    try:
+        yield
+    finally:
+        _default = before
+
+
+def requested(name: str | None) -> str:
+    """The backend that a call asks for: its own argument, else the enclosing `kx.backend(...)`, else KX_BACKEND."""
+    return _default if name is None else _checked(name, "argument 'backend'")
+
+
+def survey(backends: Sequence[Backend], problem: Any) -> list[tuple[str, str | None]]:
+    """(name, reason it cannot serve, or None) for each backend, in the order that `auto` tries them."""
+    return [(b.name, b.unsupported(problem)) for b in backends]
+
+
+def choose(op: str, backends: Sequence[Backend], name: str, problem: Any) -> Backend:
+    """The backend that serves this call.
+
+    Raises UnsupportedError, with every backend's reason, if the one asked for by name cannot.
+    """
+    for candidate in backends:
+        if name in (AUTO, candidate.name) and candidate.unsupported(problem) is None:
+            return candidate
+    reasons = "\n".join(f"  {n}: {why or 'can serve'}" for n, why in survey(backends, problem))
+    raise UnsupportedError(f"{op}: backend {name!r} cannot serve this call\n{reasons}")

@@ -1,0 +1,32 @@
+"""The operators as torch sees them, in namespace `kx`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+NAMESPACE = "kx"
+
+
+def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Defines `kx::<schema>` with one implementation for every device and one for tensors without data."""
+    name = f"{NAMESPACE}::{schema.split('(', 1)[0]}"
+    torch.library.define(name, schema[schema.index("(") :])
+    torch.library.impl(name, "default", run)
+    torch.library.register_fake(name, fake)
+
+
+def needs_operator(tensors: Sequence[torch.Tensor]) -> bool:
+    """True if something watches or transforms this call, so that it has to go through torch's dispatcher.
+
+    That is: torch.compile, torch.export, fake and other subclass tensors, dispatch modes, functorch. An eager call on
+    plain tensors may go to the kernel directly, which saves the dispatcher's microseconds.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or any(type(x) is not torch.Tensor and type(x) is not torch.nn.Parameter for x in tensors)
+    )
