@@ -38,7 +38,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, position: Tensor, sequence: Ten
 
     arithmetic = torch.float64 if x.dtype == torch.float64 else torch.float32
     x0, x1 = x0.to(arithmetic), x1.to(arithmetic)
-    known = (position >= 0) & (position < length)
+    known = position < length
     row = position.clamp(0, max(length - 1, 0))
     if length == 0:
         c = s = position.new_full((*position.shape, 1, half), torch.nan, dtype=arithmetic)

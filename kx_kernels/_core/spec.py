@@ -1,0 +1,59 @@
+"""What an operator promises, as data: tests, code-generation checks, benchmarks and documents iterate over it."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Call = dict[str, Any]  # the keyword arguments of one call of the public function
+
+
+@dataclass(frozen=True)
+class BadCall:
+    """A call that has to be refused: `change` spoils a good call, and the error names `argument` and says `expected`."""
+
+    name: str
+    change: Callable[[Call], Call]
+    error: type[Exception]
+    argument: str
+    expected: str  # a regular expression
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """One operator.
+
+    make(case, dtype, device, seed): the arguments of a call, as keywords of `function` and of `reference`.
+    flops(call), bytes(call): of the least work that computes it, counting each input and output once.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
+    backends: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    differentiable: tuple[str, ...]  # arguments that gradients reach
+    cases: Mapping[str, Any]
+    make: Callable[[Any, torch.dtype, torch.device, int], Call]
+    example: str  # the case that documents and `python -m kx_kernels` show
+    compiled: tuple[str, ...]  # cases that are compared under torch.compile
+    bad_calls: Sequence[BadCall]
+    flops: Callable[[Call], int]
+    bytes: Callable[[Call], int]
+    growth: Mapping[str, Mapping[str, float]]  # quantity -> dimension -> exponent that the counts have to show
+
+    def call(self, case: str, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> Call:
+        return self.make(self.cases[case], dtype, torch.device(device), seed)
+
+
+def all_specs() -> list[OpSpec]:
+    """The spec of every operator: each folder of kx_kernels/ops has one."""
+    from .. import ops
+
+    names = sorted(module.name for module in pkgutil.iter_modules(ops.__path__) if module.ispkg)
+    return [importlib.import_module(f"{ops.__name__}.{name}.spec").SPEC for name in names]

@@ -1,0 +1,50 @@
+"""Which backends are tested on which device, and how.
+
+Without a GPU every kernel runs on the CPU: Triton's under its interpreter, CUDA's under the emulation. With one, the real
+kernels run on it, and the emulation still runs on the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported
+
+
+class Lane(NamedTuple):
+    backend: str
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.backend}-{self.device}"
+
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[None]:
+        """Within the block, calls with `backend=self.backend` on self.device are served by this lane."""
+        if self == Lane("cuda", "cpu"):
+            from kx_kernels.testing.emulation import emulated_cuda
+
+            with emulated_cuda():
+                yield
+        else:
+            yield
+
+
+def lanes() -> list[Lane]:
+    if torch.cuda.is_available():
+        on_gpu = [Lane("reference", "cuda"), Lane("triton", "cuda"), Lane("cuda", "cuda")]
+        return [*on_gpu, Lane("cpu", "cpu"), Lane("cuda", "cpu")]
+    return [Lane(backend, "cpu") for backend in ("reference", "cpu", "triton", "cuda")]
+
+
+@pytest.fixture(params=lanes(), ids=str)
+def lane(request: pytest.FixtureRequest) -> Iterator[Lane]:
+    with request.param.ready():
+        yield request.param

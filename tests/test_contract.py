@@ -1,0 +1,192 @@
+"""What every operator promises on every backend, written once over the specs."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+import kx_kernels as kx
+from kx_kernels._core.spec import Call, OpSpec, all_specs
+from kx_kernels.testing.budget import assert_within_budget
+from kx_kernels.testing.poison import LAYOUTS, bits, poisoned_allocation, same_bits
+
+SPECS = {spec.name: spec for spec in all_specs()}
+EXECUTION = {"backend", "inplace"}  # arguments that say how to compute, not what
+
+
+def specs() -> list[Any]:
+    return [pytest.param(spec, id=name) for name, spec in SPECS.items()]
+
+
+def cases() -> list[Any]:
+    return [pytest.param(spec, case, id=f"{name}-{case}") for name, spec in SPECS.items() for case in spec.cases]
+
+
+def bad_calls() -> list[Any]:
+    return [pytest.param(spec, bad, id=f"{name}-{bad.name}") for name, spec in SPECS.items() for bad in spec.bad_calls]
+
+
+def flat(result: Any) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
+
+
+def tensors(call: Call) -> dict[str, Tensor]:
+    return {name: x for name, x in call.items() if isinstance(x, Tensor)}
+
+
+def cast(call: Call, dtype: torch.dtype) -> Call:
+    return {k: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for k, x in call.items()}
+
+
+def with_grad(spec: OpSpec, call: Call) -> tuple[Call, list[Tensor]]:
+    """The call with leaves of its own for every differentiable argument."""
+    leaves = {n: call[n].detach().requires_grad_() for n in spec.differentiable if call.get(n) is not None}
+    return call | leaves, list(leaves.values())
+
+
+def gradients(spec: OpSpec, function: Any, call: Call, weights: list[Tensor], **how: Any) -> list[Tensor]:
+    call, leaves = with_grad(spec, call)
+    outs = flat(function(**call, **how))
+    return list(torch.autograd.grad(outs, leaves, [w.to(o.dtype) for w, o in zip(weights, outs, strict=True)]))
+
+
+def exact_and_eager(spec: OpSpec, call: Call, dtype: torch.dtype, compute: Any) -> list[tuple[Tensor, Tensor]]:
+    """compute(call) in float64, and in the dtype under test (float32 for float64)."""
+    differing = [n for n in spec.differentiable if call.get(n) is not None]
+    as_dtype = lambda d: call | {n: call[n].to(d) for n in differing}  # noqa: E731
+    eager = torch.float32 if dtype == torch.float64 else dtype
+    return list(zip(compute(as_dtype(torch.float64)), compute(as_dtype(eager)), strict=True))
+
+
+@pytest.mark.parametrize("spec", specs())
+def test_reference_has_the_public_signature(spec: OpSpec) -> None:
+    def arguments(function: Any) -> list[tuple[str, Any, Any]]:
+        parameters = inspect.signature(function).parameters.values()
+        return [(p.name, p.kind, p.default) for p in parameters if p.name not in EXECUTION]
+
+    assert arguments(spec.function) == arguments(spec.reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(("spec", "case"), cases())
+def test_forward_and_backward_within_budget(lane, spec: OpSpec, case: str, dtype: torch.dtype) -> None:
+    """Values and gradients against float64, with every output written and every input left as it was."""
+    call = spec.call(case, dtype, lane.device)
+    before = {name: x.clone() for name, x in tensors(call).items()}
+    with poisoned_allocation():
+        outs = flat(spec.function(**call, backend=lane.backend))
+        weights = [torch.randn_like(o) for o in outs]
+        grads = gradients(spec, spec.function, call, weights, backend=lane.backend)
+    for i, (exact, eager) in enumerate(exact_and_eager(spec, call, dtype, lambda c: flat(spec.reference(**c)))):
+        assert_within_budget(outs[i], exact, eager, f"output {i}")
+    references = exact_and_eager(spec, call, dtype, lambda c: gradients(spec, spec.reference, c, weights))
+    for i, (exact, eager) in enumerate(references):
+        assert_within_budget(grads[i], exact, eager, f"gradient of {spec.differentiable[i]}")
+    for name, x in tensors(call).items():
+        assert same_bits(x, before[name]), f"{name} was changed"
+
+
+@pytest.mark.parametrize(("spec", "case"), cases())
+def test_deterministic(lane, spec: OpSpec, case: str) -> None:
+    call = spec.call(case, torch.float32, lane.device)
+    first = flat(spec.function(**call, backend=lane.backend))
+    for a, b in zip(first, flat(spec.function(**call, backend=lane.backend)), strict=True):
+        assert same_bits(a, b)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("spec", "case"), cases())
+def test_strides_change_nothing(lane, spec: OpSpec, case: str, layout: str) -> None:
+    """The same bits whatever the strides of every tensor argument, gradients included."""
+    call = spec.call(case, torch.float32, lane.device)
+    contiguous = call | {n: x.contiguous() for n, x in tensors(call).items()}
+    spread = call | {n: LAYOUTS[layout](x) for n, x in tensors(call).items() if x.is_floating_point()}
+    expected = flat(spec.function(**contiguous, backend=lane.backend))
+    outs = flat(spec.function(**spread, backend=lane.backend))
+    weights = [torch.randn(o.shape, device=lane.device) for o in outs]
+    expected += gradients(spec, spec.function, contiguous, weights, backend=lane.backend)
+    outs += gradients(spec, spec.function, spread, [LAYOUTS[layout](w) for w in weights], backend=lane.backend)
+    for a, b in zip(outs, expected, strict=True):
+        assert same_bits(a, b)
+
+
+@pytest.mark.parametrize(("spec", "case"), cases())
+def test_no_data_needed_for_shapes(spec: OpSpec, case: str) -> None:
+    """On the meta device: shapes, dtypes and strides of the real result."""
+    real = flat(spec.function(**spec.call(case, torch.float16)))
+    call = {n: x.to("meta") if isinstance(x, Tensor) else x for n, x in spec.call(case, torch.float16).items()}
+    for a, b in zip(flat(spec.function(**call)), real, strict=True):
+        assert (a.shape, a.dtype, a.device.type) == (b.shape, b.dtype, "meta")
+
+
+@pytest.mark.parametrize("spec", specs())
+def test_gradcheck_to_second_order(lane, spec: OpSpec) -> None:
+    call, leaves = with_grad(spec, spec.call(spec.example, torch.float64, lane.device))
+    names = [n for n in spec.differentiable if call.get(n) is not None]
+
+    def function(*values: Tensor) -> Any:
+        return spec.function(**call | dict(zip(names, values, strict=True)), backend=lane.backend)
+
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize(("spec", "bad"), bad_calls())
+def test_wrong_arguments_are_named(spec: OpSpec, bad: Any) -> None:
+    call = bad.change(spec.call(spec.example, torch.float32))
+    before = {name: x.clone() for name, x in tensors(call).items() if x.device.type == "cpu"}
+    with pytest.raises(bad.error, match=bad.expected) as caught:
+        spec.function(**call)
+    assert f"argument '{bad.argument}'" in str(caught.value)
+    for name, x in before.items():
+        assert torch.equal(bits(call[name]), bits(x)), f"{name} was changed"
+
+
+@pytest.mark.parametrize("spec", specs())
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiled_equals_eager(lane, spec: OpSpec, dynamic: bool) -> None:
+    """No graph break; the same bits, forward and backward."""
+    torch.compiler.reset()
+    compiled = torch.compile(spec.function, fullgraph=True, dynamic=dynamic)
+    for case in spec.compiled:
+        call = spec.call(case, torch.float32, lane.device)
+        expected = flat(spec.function(**call, backend=lane.backend))
+        weights = [torch.randn_like(o) for o in expected]
+        expected += gradients(spec, spec.function, call, weights, backend=lane.backend)
+        outs = flat(compiled(**call, backend=lane.backend))
+        outs += gradients(spec, compiled, call, weights, backend=lane.backend)
+        for a, b in zip(outs, expected, strict=True):
+            assert same_bits(a, b)
+
+
+@pytest.mark.parametrize("spec", specs())
+def test_a_backend_named_and_unfit_says_why(spec: OpSpec) -> None:
+    call = spec.call(spec.example, torch.float32)
+    meta = {n: x.to("meta") if isinstance(x, Tensor) else x for n, x in call.items()}
+    if not torch.cuda.is_available():
+        with pytest.raises(kx.UnsupportedError, match=r"cuda: the tensors are on cpu(.|\n)*reference: can serve"):
+            spec.function(**call, backend="cuda")
+    table = kx.explain(spec.function, **call)
+    assert all(name in table for name in spec.backends)
+    assert table.count("serves this call") == 1
+    assert kx.explain(spec.name, **call) == table
+    assert "cpu        cannot: the tensors are on meta" in kx.explain(spec.function, **meta)
+    with kx.backend("reference"):
+        assert "reference  serves this call" in kx.explain(spec.function, **call)
+
+
+@pytest.mark.parametrize("spec", specs())
+def test_counts_grow_as_claimed(spec: OpSpec) -> None:
+    """Doubling a dimension multiplies the counted work by 2 to the exponent that the spec states."""
+    base = spec.cases[spec.example]
+    for quantity, exponents in spec.growth.items():
+        count = getattr(spec, quantity)
+        for dimension, exponent in exponents.items():
+            sizes = [count(spec.make(replace(base, **{dimension: n}), torch.float32, torch.device("cpu"), 0)) for n in (8, 16)]
+            assert sizes[1] == pytest.approx(sizes[0] * 2**exponent)
