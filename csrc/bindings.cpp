@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "common/tensor.h"
+#include "cpu/isa.h"
 #include "rope/problem.h"
 
 namespace py = pybind11;
@@ -46,6 +47,7 @@ struct type_caster<kx::Tensor> {
 
 PYBIND11_MODULE(KX_MODULE_NAME, m) {
 #ifndef KX_NO_CPU
+  m.attr("cpu_isa") = kx::isa_name();
   m.def("rope_cpu", &kx::rope::cpu, py::call_guard<py::gil_scoped_release>());
 #endif
 #ifdef KX_HAS_CUDA

@@ -1,7 +1,7 @@
 """Which backends are tested on which device, and how.
 
-Without a GPU every kernel runs on the CPU: Triton's under its interpreter, CUDA's under the emulation. With one, the real
-kernels run on it, and the emulation still runs on the CPU.
+Without a GPU every kernel runs on the CPU: Triton's under its interpreter, CUDA's under the emulation. With one, the
+real kernels run on it, and the emulation still runs on the CPU.
 """
 
 from __future__ import annotations

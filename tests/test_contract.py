@@ -188,5 +188,5 @@ def test_counts_grow_as_claimed(spec: OpSpec) -> None:
     for quantity, exponents in spec.growth.items():
         count = getattr(spec, quantity)
         for dimension, exponent in exponents.items():
-            sizes = [count(spec.make(replace(base, **{dimension: n}), torch.float32, torch.device("cpu"), 0)) for n in (8, 16)]
-            assert sizes[1] == pytest.approx(sizes[0] * 2**exponent)
+            calls = [spec.make(replace(base, **{dimension: n}), torch.float32, torch.device("cpu"), 0) for n in (8, 16)]
+            assert count(calls[1]) == pytest.approx(count(calls[0]) * 2**exponent)

@@ -30,4 +30,16 @@ Isa isa() {
   return best;
 }
 
+const char* isa_name() {
+  switch (isa()) {
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAvx2:
+      return "avx2";
+    case Isa::kPortable:
+      return "portable";
+  }
+  return "unknown";
+}
+
 }  // namespace kx

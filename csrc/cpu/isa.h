@@ -9,6 +9,7 @@ enum class Isa { kPortable, kAvx2, kAvx512 };
 
 // The widest instruction set that this machine runs, or the one that KX_CPU_ISA names if it runs that.
 Isa isa();
+const char* isa_name();  // "portable", "avx2" or "avx512", of isa()
 
 }  // namespace kx
 

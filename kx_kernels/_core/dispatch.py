@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from . import library
+
 AUTO = "auto"
 NAMES = ("cuda", "triton", "cpu", "reference")
 
@@ -15,12 +17,12 @@ class Backend(NamedTuple):
     """One implementation of one operator.
 
     unsupported(problem): why it cannot serve this call, or None if it can.
-    run(problem): tensors in, fresh tensors out (or the operator's documented in-place form).
+    run(problem, ...): tensors in, fresh tensors out (or the operator's documented in-place form).
     """
 
     name: str
     unsupported: Callable[[Any], str | None]
-    run: Callable[[Any], Any]
+    run: Callable[..., Any]
 
 
 class UnsupportedError(RuntimeError):
@@ -55,9 +57,15 @@ def requested(name: str | None) -> str:
     return _default if name is None else _checked(name, "argument 'backend'")
 
 
+def _reason(backend: Backend, problem: Any) -> str | None:
+    if backend.name != "reference" and library.transforming():
+        return "torch.func transforms see through torch's own operators only, and it is none"
+    return backend.unsupported(problem)
+
+
 def survey(backends: Sequence[Backend], problem: Any) -> list[tuple[str, str | None]]:
     """(name, reason it cannot serve, or None) for each backend, in the order that `auto` tries them."""
-    return [(b.name, b.unsupported(problem)) for b in backends]
+    return [(b.name, _reason(b, problem)) for b in backends]
 
 
 def choose(op: str, backends: Sequence[Backend], name: str, problem: Any) -> Backend:
@@ -66,7 +74,7 @@ def choose(op: str, backends: Sequence[Backend], name: str, problem: Any) -> Bac
     Raises UnsupportedError, with every backend's reason, if the one asked for by name cannot.
     """
     for candidate in backends:
-        if name in (AUTO, candidate.name) and candidate.unsupported(problem) is None:
+        if name in (AUTO, candidate.name) and _reason(candidate, problem) is None:
             return candidate
     reasons = "\n".join(f"  {n}: {why or 'can serve'}" for n, why in survey(backends, problem))
     raise UnsupportedError(f"{op}: backend {name!r} cannot serve this call\n{reasons}")

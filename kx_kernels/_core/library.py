@@ -18,15 +18,19 @@ def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> 
     torch.library.register_fake(name, fake)
 
 
-def needs_operator(tensors: Sequence[torch.Tensor]) -> bool:
-    """True if something watches or transforms this call, so that it has to go through torch's dispatcher.
+def transforming() -> bool:
+    """True within a torch.func transform (grad, vmap, jvp, …), which sees through torch's own operators only."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
-    That is: torch.compile, torch.export, fake and other subclass tensors, dispatch modes, functorch. An eager call on
-    plain tensors may go to the kernel directly, which saves the dispatcher's microseconds.
+
+def needs_operator(tensors: Sequence[torch.Tensor]) -> bool:
+    """True if something watches this call, so that it has to go through torch's dispatcher.
+
+    That is: torch.compile, torch.export, fake and other subclass tensors, dispatch modes. An eager call on plain
+    tensors may go to the kernel directly, which saves the dispatcher's microseconds.
     """
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
         or any(type(x) is not torch.Tensor and type(x) is not torch.nn.Parameter for x in tensors)
     )

@@ -28,11 +28,11 @@ def overlaps_itself(x: torch.Tensor) -> bool:
 
 
 def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """True if a and b share an element; exact for equal strides (the slices of a packed tensor), else by address range."""
+    """True if a and b share an element: exact for equal strides (slices of a packed tensor), else by address range."""
     if a.numel() == 0 or b.numel() == 0 or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
         return False
-    offset = b.storage_offset() - a.storage_offset()
-    span_a, span_b = (sum(st * (sz - 1) for st, sz in zip(x.stride(), x.shape, strict=True)) for x in (a, b))
+    offset = int(b.storage_offset() - a.storage_offset())
+    span_a, span_b = (sum(int(st * (sz - 1)) for st, sz in zip(x.stride(), x.shape, strict=True)) for x in (a, b))
     if offset > span_a or -offset > span_b:
         return False
     if a.stride() != b.stride() or a.dtype != b.dtype:

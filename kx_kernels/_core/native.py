@@ -44,7 +44,7 @@ _emulated = False
 
 
 def emulate(enabled: bool) -> None:
-    """Lets the cuda backends serve CPU tensors through the emulated build of the same kernels (see testing.emulation)."""
+    """Lets the cuda backends serve CPU tensors, through the emulated build of the same kernels (testing.emulation)."""
     global _emulated
     if enabled and load("_emulation") is None:
         raise ModuleNotFoundError("the emulation of the CUDA kernels is not built; configure with -DKX_EMULATION=ON")

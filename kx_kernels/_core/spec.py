@@ -15,7 +15,7 @@ Call = dict[str, Any]  # the keyword arguments of one call of the public functio
 
 @dataclass(frozen=True)
 class BadCall:
-    """A call that has to be refused: `change` spoils a good call, and the error names `argument` and says `expected`."""
+    """A call that has to be refused: `change` spoils a good one; the error names `argument` and says `expected`."""
 
     name: str
     change: Callable[[Call], Call]

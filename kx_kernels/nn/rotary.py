@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -74,9 +76,9 @@ class RotaryEmbedding(nn.Module):
         if num_positions is None:
             num_positions = _known_positions(q, positions, offset, cu_seqlens)
         cos, sin = self.tables(num_positions, q.device)
-        options = {"positions": positions, "offset": offset, "cu_seqlens": cu_seqlens, "rotary_dim": self.rotary_dim}
-        options |= {"start": self.start, "interleaved": self.interleaved, "inverse": inverse, "inplace": inplace}
-        return rope(q, k, cos, sin, **options)  # type: ignore[arg-type]
+        where: Any = {"positions": positions, "offset": offset, "cu_seqlens": cu_seqlens}
+        how: Any = {"start": self.start, "interleaved": self.interleaved, "inverse": inverse, "inplace": inplace}
+        return rope(q, k, cos, sin, rotary_dim=self.rotary_dim, **where, **how)
 
     def extra_repr(self) -> str:
         return f"{self.rotary_dim}, base={self.base}, interleaved={self.interleaved}, start={self.start}"

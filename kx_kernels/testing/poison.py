@@ -13,7 +13,7 @@ from torch import Tensor
 
 @contextlib.contextmanager
 def poisoned_allocation() -> Iterator[None]:
-    """Within the block, torch.empty, torch.empty_like and Tensor.new_empty give memory full of NaN (integers: the minimum)."""
+    """Within the block, torch.empty, empty_like and new_empty give memory full of NaN (integers: the minimum)."""
 
     def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def allocate_and_fill(*args: Any, **kwargs: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""The calculus of rope: a rotation's gradient is the rotation by the opposite angle, so one function serves every order."""
+"""The calculus of rope: the gradient of a rotation is the opposite rotation, so one function serves every order."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._core import library
-from ._backends import run
+from ..._core import dispatch, library
+from ._backends import backends, differentiable_reference, run
 from ._problem import RopeProblem
 
 
@@ -32,7 +32,10 @@ class Rope(torch.autograd.Function):
         given = tuple(g for g, w in zip(grads, wanted, strict=True) if w and g is not None)
         if not given:
             return None, None, None, *(None for _ in grads)
-        p = RopeProblem(given, *ctx.saved_tensors, offset, start, interleaved, not inverse)
+        cos, sin, positions, offsets, cu_seqlens = ctx.saved_tensors
+        p = RopeProblem(
+            given, cos, sin, positions, offsets, cu_seqlens, offset, start, interleaved, inverse=not inverse
+        )
         rotated = iter(rotate(p, ctx.backend, inplace=False))
         return None, None, None, *(next(rotated) if w else None for w in wanted)
 
@@ -45,6 +48,10 @@ def rotate(p: RopeProblem, backend: str, inplace: bool) -> tuple[Tensor, ...]:
             torch.ops.kx.rope_(list(p.xs), *p[1:], backend)
             return p.xs
         outs = torch.ops.kx.rope(list(p.xs), *p[1:], backend)
+        return tuple(x.copy_(y) for x, y in zip(p.xs, outs, strict=True)) if inplace else tuple(outs)
+    if library.transforming():
+        dispatch.choose("rope", backends(), backend, p)
+        outs = differentiable_reference(p)
         return tuple(x.copy_(y) for x, y in zip(p.xs, outs, strict=True)) if inplace else tuple(outs)
     if not differentiable:
         return tuple(run(p, backend, inplace))

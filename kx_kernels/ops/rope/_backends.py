@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,26 +12,19 @@ from ..._core import dispatch, library
 from ._problem import RopeProblem, check_positions
 
 
-def _run_reference(p: RopeProblem, inplace: bool) -> list[Tensor]:
+def differentiable_reference(p: RopeProblem) -> list[Tensor]:
+    """The reference as torch's own operators, which autograd and torch.func see through."""
     from .reference import rope
 
-    outs = []
-    for x in p.xs:
-        y = rope(
-            x,
-            None,
-            p.cos,
-            p.sin,
-            positions=p.positions,
-            offset=p.offset if p.offsets is None else p.offsets,
-            cu_seqlens=p.cu_seqlens,
-            start=p.start,
-            interleaved=p.interleaved,
-            inverse=p.inverse,
-        )
-        assert isinstance(y, Tensor)
-        outs.append(x.copy_(y) if inplace else torch.empty_like(x).copy_(y))
-    return outs
+    offset = p.offset if p.offsets is None else p.offsets
+    where: Any = {"positions": p.positions, "offset": offset, "cu_seqlens": p.cu_seqlens}
+    how: Any = {"start": p.start, "interleaved": p.interleaved, "inverse": p.inverse}
+    return [rope(x, None, p.cos, p.sin, **where, **how) for x in p.xs]  # type: ignore[misc]
+
+
+def _run_reference(p: RopeProblem, inplace: bool) -> list[Tensor]:
+    outs = p.xs if inplace else [torch.empty_like(x) for x in p.xs]
+    return [out.copy_(y) for out, y in zip(outs, differentiable_reference(p), strict=True)]
 
 
 @functools.cache
@@ -75,8 +69,8 @@ def _op_setup(ctx, inputs, output):
 
 def _op_backward(ctx, grads):
     offset, start, interleaved, inverse, backend = ctx.options
-    options = (*ctx.saved_tensors, offset, start, interleaved, not inverse, backend)
-    return torch.ops.kx.rope(list(grads), *options), *(None,) * 10
+    tables = ctx.saved_tensors
+    return torch.ops.kx.rope(grads, *tables, offset, start, interleaved, not inverse, backend), *(None,) * 10
 
 
 library.register(f"rope(Tensor[] xs, {_ARGUMENTS}) -> Tensor[]", _op, lambda xs, *_: [torch.empty_like(x) for x in xs])

@@ -8,7 +8,7 @@ import torch
 
 
 class RopeProblem(NamedTuple):
-    """Rotates each tensor of `xs`; a row's position is positions[b, t], or else its place in its sequence plus offset."""
+    """Rotates each tensor of `xs`; row t has position positions[b, t], or its place in its sequence plus offset."""
 
     xs: tuple[torch.Tensor, ...]  # one or two of [B, T, H, D], or [total, H, D] with cu_seqlens; equal but for H
     cos: torch.Tensor  # [P, R/2] or [B, P, R/2]
@@ -39,10 +39,7 @@ def check_positions(p: RopeProblem) -> None:
     if p.positions is not None:
         name, last = "positions", int(p.positions.max())
     else:
-        if p.cu_seqlens is not None:
-            lengths = p.cu_seqlens.diff()
-        else:
-            lengths = torch.tensor(p.xs[0].shape[1])
+        lengths = torch.tensor(p.xs[0].shape[1]) if p.cu_seqlens is None else p.cu_seqlens.diff()
         first = p.offset if p.offsets is None else p.offsets.long()
         ends = torch.where(lengths > 0, lengths + first, 0)
         name = "offset" if p.offsets is not None or p.offset else "cu_seqlens"

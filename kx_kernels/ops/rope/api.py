@@ -76,14 +76,17 @@ def rope(
     Each pair (x0, x1) of a head's R rotated dimensions turns by its angle at the row's position:
     y0 = x0·cos − x1·sin, y1 = x1·cos + x0·sin. Dimensions outside [start, start + R) pass through.
 
-    | argument     | shape                              | dtype            | meaning |
-    |--------------|------------------------------------|------------------|---------|
-    | `q`          | [B, T, H, D] or [total, H, D]      | any float        | queries, any strides; the second form with `cu_seqlens` |
-    | `k`          | [B, T, H_k, D] or [total, H_k, D]  | as `q`           | keys, or None |
-    | `cos`, `sin` | [P, R/2] or [B, P, R/2]            | any float        | tables by position, any strides; see `rope_tables` |
-    | `positions`  | [B, T], [1, T] or [total]          | int32, int64     | the position of each token |
-    | `offset`     | int or [B]                         | int32, int64     | position of each sequence's first token, if `positions` is None |
-    | `cu_seqlens` | [B + 1]                            | int32            | first row of each packed sequence, and the end of the last |
+    | argument     | shape                             | dtype        | meaning                                     |
+    |--------------|-----------------------------------|--------------|---------------------------------------------|
+    | `q`          | [B, T, H, D] or [total, H, D]     | float        | queries; the second form with `cu_seqlens`  |
+    | `k`          | [B, T, H_k, D] or [total, H_k, D] | as `q`       | keys, or None                               |
+    | `cos`, `sin` | [P, R/2] or [B, P, R/2]           | float        | tables by position; see `rope_tables`       |
+    | `positions`  | [B, T], [1, T] or [total]         | int32, int64 | the position of each token                  |
+    | `offset`     | int or [B]                        | int32, int64 | position of each sequence's first token     |
+    | `cu_seqlens` | [B + 1]                           | int32        | where each packed sequence starts, and ends |
+
+    "float" is bfloat16, float16, float32 or float64, the tables' independently of q's. Strides are free everywhere.
+    `positions` and `offset` exclude each other.
 
     Positions count tokens. A negative position is padding: its row passes through unchanged, as do packed rows that
     belong to no sequence. A position past the tables raises ValueError where that is known without waiting for a
@@ -108,7 +111,7 @@ def rope(
         TypeError: a dtype or type that does not fit.
         UnsupportedError: the backend asked for by name cannot serve this call.
 
-    Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (arXiv:2104.09864), eq. 15 and 34.
+    Source: Su et al., "RoFormer" (arXiv:2104.09864), equations 15 and 34.
     """
     p = _checked(q, k, cos, sin, positions, offset, cu_seqlens, rotary_dim, start, interleaved, inverse)
     if inplace:
@@ -156,11 +159,12 @@ def _checked(
         if k.shape[:-2] != q.shape[:-2] or k.shape[-1] != q.shape[-1]:
             reject("rope", "k", k, f"the shape of q, {list(q.shape)}, but for the number of heads")
     *rows, _, head_dim = q.shape
-    if packed:
+    sequences = rows[0]
+    if cu_seqlens is not None:
         _check_index("cu_seqlens", cu_seqlens, q.device, (torch.int32,))
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
             reject("rope", "cu_seqlens", cu_seqlens, "shape [B + 1], one more than there are sequences")
-    sequences = cu_seqlens.shape[0] - 1 if packed else rows[0]
+        sequences = cu_seqlens.shape[0] - 1
 
     for name, table in (("cos", cos), ("sin", sin)):
         if not isinstance(table, Tensor):
@@ -197,7 +201,7 @@ def _checked(
         room = f"start + R at most the head dimension D = {head_dim}; the tables have R = {2 * half}"
         reject("rope", "cos" if start == 0 else "start", cos if start == 0 else start, room)
 
-    offsets = None
+    first, offsets = 0, None
     if positions is not None:
         _check_index("positions", positions, q.device, INDICES)
         if packed and positions.shape != q.shape[:1]:
@@ -212,13 +216,15 @@ def _checked(
         _check_index("offset", offset, q.device, INDICES)
         if offset.dim() != 1 or offset.shape[0] != sequences:
             reject("rope", "offset", offset, f"an int, or shape [B] = [{sequences}]")
-        offset, offsets = 0, offset
+        offsets = offset
     elif isinstance(offset, bool) or not isinstance(offset, (int, torch.SymInt)):
         reject("rope", "offset", offset, "an int or an int32 or int64 tensor", TypeError)
-    elif not packed and rows[1] > 0 and offset + rows[1] > table_length:
-        expected = f"offset + T at most the tables' length P = {table_length}; T = {rows[1]}"
-        reject("rope", "offset" if offset else "cos", offset if offset else cos, expected)
-    return RopeProblem(xs, cos, sin, positions, offsets, cu_seqlens, offset, start, bool(interleaved), bool(inverse))
+    else:
+        first = offset
+        if not packed and rows[1] > 0 and first + rows[1] > table_length:
+            expected = f"offset + T at most the tables' length P = {table_length}; T = {rows[1]}"
+            reject("rope", "offset" if first else "cos", first if first else cos, expected)
+    return RopeProblem(xs, cos, sin, positions, offsets, cu_seqlens, first, start, bool(interleaved), bool(inverse))
 
 
 def _check_index(name: str, x: object, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> None:

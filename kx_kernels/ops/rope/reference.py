@@ -1,4 +1,4 @@
-"""The definition of rope in plain torch: any dtype, any device, tensors without data; differentiable by autograd itself."""
+"""The definition of rope in plain torch: any dtype, any device, no data needed; autograd differentiates it itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 def _row_positions(
     x: Tensor, positions: Tensor | None, offset: int | Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The position of each row and the sequence it belongs to, both [B, T] (or [total]); a row of none has position −1."""
+    """Each row's position and sequence, both [B, T] (or [total]); a row that belongs to no sequence has position −1."""
     if cu_seqlens is None:
         batch, length = x.shape[:2]
         sequence = torch.arange(batch, device=x.device)[:, None].expand(batch, length)
@@ -31,7 +31,9 @@ def _row_positions(
     return torch.where(inside, position, -1), sequence
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, position: Tensor, sequence: Tensor, start: int, interleaved: bool) -> Tensor:
+def _rotate(
+    x: Tensor, cos: Tensor, sin: Tensor, position: Tensor, sequence: Tensor, start: int, interleaved: bool
+) -> Tensor:
     length, half = cos.shape[-2:]
     rotated = x[..., start : start + 2 * half]  # [..., H, R]
     x0, x1 = (rotated[..., 0::2], rotated[..., 1::2]) if interleaved else (rotated[..., :half], rotated[..., half:])
@@ -70,5 +72,5 @@ def rope(
     """Rotary position embedding, written to be read; `kx_kernels.rope` documents the arguments."""
     position, sequence = _row_positions(q, positions, offset, cu_seqlens)
     sin = -sin if inverse else sin
-    rotated = tuple(_rotate(x, cos, sin, position, sequence, start, interleaved) for x in (q, k) if x is not None)
-    return rotated[0] if k is None else rotated
+    rotated_q = _rotate(q, cos, sin, position, sequence, start, interleaved)
+    return rotated_q if k is None else (rotated_q, _rotate(k, cos, sin, position, sequence, start, interleaved))

@@ -162,7 +162,9 @@ BAD_CALLS = (
     BadCall("q_not_a_tensor", _set(q=[1.0]), TypeError, "q", "a tensor"),
     BadCall("q_integer", _map("q", lambda q: q.long()), TypeError, "q", "dtype bfloat16, float16, float32 or float64"),
     BadCall("q_rank", _map("q", lambda q: q[0]), ValueError, "q", r"shape \[B, T, H, D\]"),
-    BadCall("q_rank_packed", _set(cu_seqlens=torch.zeros(1, dtype=torch.int32)), ValueError, "q", "as cu_seqlens is given"),
+    BadCall(
+        "q_rank_packed", _set(cu_seqlens=torch.zeros(1, dtype=torch.int32)), ValueError, "q", "as cu_seqlens is given"
+    ),
     BadCall("k_dtype", _map("k", lambda k: k.half()), TypeError, "k", "the dtype of q, torch.float32"),
     BadCall("k_device", _map("k", lambda k: k.to("meta")), ValueError, "k", "the device of q"),
     BadCall("k_length", _map("k", lambda k: k[:, 1:]), ValueError, "k", r"the shape of q, \[2, 7, 3, 16\], but for"),
@@ -170,11 +172,23 @@ BAD_CALLS = (
     BadCall("cos_not_a_tensor", _set(cos=None), TypeError, "cos", "a tensor"),
     BadCall("cos_integer", _map("cos", lambda c: c.int()), TypeError, "cos", "dtype bfloat16"),
     BadCall("cos_device", _map("cos", lambda c: c.to("meta")), ValueError, "cos", "the device of q"),
-    BadCall("cos_rank", _map("cos", lambda c: c[0]), ValueError, "cos", r"shape \[P, R/2\] or \[B, P, R/2\] with B = 2"),
+    BadCall(
+        "cos_rank", _map("cos", lambda c: c[0]), ValueError, "cos", r"shape \[P, R/2\] or \[B, P, R/2\] with B = 2"
+    ),
     BadCall("cos_batch", _map("cos", lambda c: c.expand(3, -1, -1)), ValueError, "cos", "with B = 2"),
-    BadCall("cos_requires_grad", _map("cos", lambda c: c.clone().requires_grad_()), ValueError, "cos", "no gradient to its"),
-    BadCall("cos_too_short", lambda c: c | {"cos": c["cos"][:6], "sin": c["sin"][:6]}, ValueError, "cos", "P = 6; T = 7"),
-    BadCall("cos_wider_than_head", lambda c: c | {"q": c["q"][..., :8], "k": None}, ValueError, "cos", "head dimension D = 8"),
+    BadCall(
+        "cos_requires_grad", _map("cos", lambda c: c.clone().requires_grad_()), ValueError, "cos", "no gradient to its"
+    ),
+    BadCall(
+        "cos_too_short", lambda c: c | {"cos": c["cos"][:6], "sin": c["sin"][:6]}, ValueError, "cos", "P = 6; T = 7"
+    ),
+    BadCall(
+        "cos_wider_than_head",
+        lambda c: c | {"q": c["q"][..., :8], "k": None},
+        ValueError,
+        "cos",
+        "head dimension D = 8",
+    ),
     BadCall("sin_shape", _map("sin", lambda s: s[1:]), ValueError, "sin", "the shape of cos"),
     BadCall("sin_dtype", _map("sin", lambda s: s.double()), TypeError, "sin", "the dtype of cos"),
     BadCall("rotary_dim_odd", _set(rotary_dim=15), ValueError, "rotary_dim", "an even number"),
@@ -187,14 +201,32 @@ BAD_CALLS = (
     BadCall("offset_past_table", _set(offset=1), ValueError, "offset", "P = 7; T = 7"),
     BadCall("offset_type", _set(offset=0.5), TypeError, "offset", "an int"),
     BadCall("offset_dtype", _set(offset=torch.zeros(2)), TypeError, "offset", "dtype int32 or int64"),
-    BadCall("offset_shape", _set(offset=torch.zeros(3, dtype=torch.long)), ValueError, "offset", r"shape \[B\] = \[2\]"),
-    BadCall("offsets_past_table", _set(offset=torch.tensor([0, 1])), ValueError, "offset", "every position to be in the tables"),
+    BadCall(
+        "offset_shape", _set(offset=torch.zeros(3, dtype=torch.long)), ValueError, "offset", r"shape \[B\] = \[2\]"
+    ),
+    BadCall(
+        "offsets_past_table",
+        _set(offset=torch.tensor([0, 1])),
+        ValueError,
+        "offset",
+        "every position to be in the tables",
+    ),
     BadCall("positions_type", _set(positions=3), TypeError, "positions", "an int32 or int64 tensor"),
     BadCall("positions_dtype", _set(positions=torch.zeros(2, 7)), TypeError, "positions", "dtype int32 or int64"),
-    BadCall("positions_shape", _set(positions=torch.zeros(7, dtype=torch.long)), ValueError, "positions", r"\[B, T\] = \[2, 7\]"),
+    BadCall(
+        "positions_shape",
+        _set(positions=torch.zeros(7, dtype=torch.long)),
+        ValueError,
+        "positions",
+        r"\[B, T\] = \[2, 7\]",
+    ),
     BadCall("positions_past_table", _set(positions=torch.full((2, 7), 7)), ValueError, "positions", "positions 0 to 6"),
     BadCall(
-        "positions_and_offset", _set(positions=torch.zeros(2, 7, dtype=torch.long), offset=1), ValueError, "offset", "0, as positions"
+        "positions_and_offset",
+        _set(positions=torch.zeros(2, 7, dtype=torch.long), offset=1),
+        ValueError,
+        "offset",
+        "0, as positions",
     ),
     BadCall("backend", _set(backend="gpu"), ValueError, "backend", "'auto', 'cuda', 'triton', 'cpu', 'reference'"),
     BadCall("inplace_leaf", _leaf, ValueError, "q", "not a leaf"),
