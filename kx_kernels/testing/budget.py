@@ -47,8 +47,7 @@ def assert_within_budget(actual: Tensor, exact: Tensor, eager: Tensor, name: str
     worst = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
     off = error[worst].item()
     raise AssertionError(
-        f"{name}: {int((error > allowed).sum())} of {error.numel()} elements exceed the budget. Worst at {list(worst)}:"
-        f" 
-        f"{actual[worst].item()!r}, the float64 reference has {exact[worst].item()!r}; error {off:.3e}, "
-        f"budget {allowed:.3e}, ratio {off / allowed if allowed else float('inf'):.2f}"
+        f"{name}: {int((error > allowed).sum())} of {error.numel()} elements exceed the budget; "
+        f"worst at {list(worst)}: {actual[worst].item()!r}, the float64 reference has {exact[worst].item()!r}; "
+        f"error {off:.3e}, budget {allowed:.3e}, ratio {off / allowed if allowed else float('inf'):.2f}"
     )
