@@ -38,7 +38,7 @@ def test_one_kernel_and_no_copy(backend: str, layout: str) -> None:
 
 def test_stream(backend: str) -> None:
     """Work goes to the current stream: it waits for what that stream waits for."""
-    q, k, cos, sin = inputs()
+    q, _, cos, sin = inputs()
     expected = kx.rope(q.clone(), None, cos, sin, backend=backend)
     late = torch.zeros_like(q)
     stream = torch.cuda.Stream()

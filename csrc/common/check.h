@@ -5,9 +5,9 @@
 #include <stdexcept>
 #include <string>
 
-#define KX_CHECK(condition, message)                                               \
-  do {                                                                             \
-    if (!(condition)) {                                                            \
+#define KX_CHECK(condition, message)                                                 \
+  do {                                                                               \
+    if (!(condition)) {                                                              \
       throw std::invalid_argument(std::string(message) + " (" #condition " fails)"); \
-    }                                                                              \
+    }                                                                                \
   } while (false)

@@ -1,4 +1,5 @@
-// bfloat16 and float16 as the bits they are, with conversions that round to nearest even.
+// bfloat16 and float16 as the bits they are, with conversions that round to nearest even. The functions are static:
+// each instruction set that includes them keeps a copy of its own (see cpu/isa.h).
 #pragma once
 
 #include <cstdint>
@@ -14,21 +15,21 @@ struct float16 {
   uint16_t bits;
 };
 
-inline uint32_t bits_of(float x) {
+static inline uint32_t bits_of(float x) {
   uint32_t u;
   std::memcpy(&u, &x, sizeof u);
   return u;
 }
 
-inline float float_of(uint32_t u) {
+static inline float float_of(uint32_t u) {
   float x;
   std::memcpy(&x, &u, sizeof x);
   return x;
 }
 
-inline float to_float(bfloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
+static inline float to_float(bfloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 
-inline bfloat16 to_bfloat16(float x) {
+static inline bfloat16 to_bfloat16(float x) {
   const uint32_t u = bits_of(x);
   if ((u & 0x7fffffffu) > 0x7f800000u) {
     return {static_cast<uint16_t>((u >> 16) | 0x40u)};  // a quiet NaN stays one
@@ -36,7 +37,7 @@ inline bfloat16 to_bfloat16(float x) {
   return {static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16)};
 }
 
-inline float to_float(float16 x) {
+static inline float to_float(float16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) {  // infinity and NaN
@@ -49,7 +50,7 @@ inline float to_float(float16 x) {
   return float_of(sign | bits_of(subnormal));
 }
 
-inline float16 to_float16(float x) {
+static inline float16 to_float16(float x) {
   const uint32_t u = bits_of(x);
   const uint16_t sign = static_cast<uint16_t>(u >> 16 & 0x8000u);
   const uint32_t magnitude = u & 0x7fffffffu;

@@ -1,6 +1,6 @@
-// A CPU kernel's source is compiled once per instruction set, each time in a namespace of that name (KX_ISA is portable,
-// avx2 or avx512). Code that is the same in all of them must not be shared through inline functions of the standard
-// library, or the linker may keep a copy that the machine cannot run.
+// A CPU kernel's source is compiled once per instruction set, each time in a namespace of that name (KX_ISA is
+// portable, avx2 or avx512). Whatever such a source includes has to be static or in that namespace: of an inline
+// function with one name, the linker keeps one copy for all, perhaps one that the machine cannot run.
 #pragma once
 
 namespace kx {
@@ -15,14 +15,14 @@ const char* isa_name();  // "portable", "avx2" or "avx512", of isa()
 
 // Calls `function` of the namespace that this machine should run.
 #ifdef KX_X86
-#define KX_DISPATCH(function, ...)              \
-  switch (::kx::isa()) {                        \
-    case ::kx::Isa::kAvx512:                    \
-      return avx512::function(__VA_ARGS__);     \
-    case ::kx::Isa::kAvx2:                      \
-      return avx2::function(__VA_ARGS__);       \
-    default:                                    \
-      return portable::function(__VA_ARGS__);   \
+#define KX_DISPATCH(function, ...)            \
+  switch (::kx::isa()) {                      \
+    case ::kx::Isa::kAvx512:                  \
+      return avx512::function(__VA_ARGS__);   \
+    case ::kx::Isa::kAvx2:                    \
+      return avx2::function(__VA_ARGS__);     \
+    default:                                  \
+      return portable::function(__VA_ARGS__); \
   }
 #else
 #define KX_DISPATCH(function, ...) return portable::function(__VA_ARGS__)

@@ -18,8 +18,8 @@ void set_table(const Tensor& table, int64_t stride[3]) {
 
 }  // namespace
 
-Problem make_problem(const std::vector<Tensor>& in, const std::vector<Tensor>& out, const Tensor& cos, const Tensor& sin,
-                     const std::optional<Tensor>& positions, const std::optional<Tensor>& offsets,
+Problem make_problem(const std::vector<Tensor>& in, const std::vector<Tensor>& out, const Tensor& cos,
+                     const Tensor& sin, const std::optional<Tensor>& positions, const std::optional<Tensor>& offsets,
                      const std::optional<Tensor>& cu_seqlens, int64_t offset, int64_t start, bool interleaved,
                      bool inverse) {
   KX_CHECK(in.size() == out.size() && (in.size() == 1 || in.size() == 2), "rope: expected one or two tensors");
@@ -47,7 +47,8 @@ Problem make_problem(const std::vector<Tensor>& in, const std::vector<Tensor>& o
   p.head_dim = in[0].size[rank - 1];
 
   KX_CHECK((cos.rank == 2 || cos.rank == 3) && cos.rank == sin.rank, "rope: cos and sin have 2 or 3 dimensions");
-  KX_CHECK(std::equal(cos.size.data(), cos.size.data() + cos.rank, sin.size.data()), "rope: cos and sin differ in shape");
+  KX_CHECK(std::equal(cos.size.data(), cos.size.data() + cos.rank, sin.size.data()),
+           "rope: cos and sin differ in shape");
   KX_CHECK(cos.dtype == sin.dtype && is_float(cos.dtype), "rope: cos and sin are of one float dtype");
   p.cos = cos.data;
   p.sin = sin.data;

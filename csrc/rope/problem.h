@@ -50,8 +50,8 @@ struct Problem {
   bool inverse;
 };
 
-Problem make_problem(const std::vector<Tensor>& in, const std::vector<Tensor>& out, const Tensor& cos, const Tensor& sin,
-                     const std::optional<Tensor>& positions, const std::optional<Tensor>& offsets,
+Problem make_problem(const std::vector<Tensor>& in, const std::vector<Tensor>& out, const Tensor& cos,
+                     const Tensor& sin, const std::optional<Tensor>& positions, const std::optional<Tensor>& offsets,
                      const std::optional<Tensor>& cu_seqlens, int64_t offset, int64_t start, bool interleaved,
                      bool inverse);
 
