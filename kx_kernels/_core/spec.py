@@ -37,6 +37,7 @@ class OpSpec:
     reference: Callable[..., Any]
     backends: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
+    cannot: Mapping[tuple[str, str, torch.dtype], str]  # (backend, device, dtype) -> regular expression of its reason
     differentiable: tuple[str, ...]  # arguments that gradients reach
     cases: Mapping[str, Any]
     make: Callable[[Any, torch.dtype, torch.device, int], Call]
