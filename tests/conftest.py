@@ -9,10 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from kx_kernels._core.spec import OpSpec
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported
@@ -24,6 +27,10 @@ class Lane(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.backend}-{self.device}"
+
+    def dtypes(self, spec: OpSpec) -> list[torch.dtype]:
+        """Those that it serves."""
+        return [dtype for dtype in spec.dtypes if (self.backend, self.device, dtype) not in spec.cannot]
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
