@@ -48,8 +48,12 @@ class DeviceGuard {
 template <class... Parameters>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
             Parameters... arguments) {
-  kernel<<<grid, block, shared_bytes, stream> > >(arguments...);
-  check_cuda(cudaGetLastError(), "kernel launch");
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), "kernel launch");
 }
 
 }  // namespace kx

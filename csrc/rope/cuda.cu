@@ -39,9 +39,9 @@ bool fits_tables(const Problem& p, int64_t angles) {
 
 template <class T, int W, bool kPairs>
 void launch_kernel(const Problem& p, Stream stream) {
-  Plan plan{p, ceil_div(p.x[0].heads, kHeads), 0, false};
+  Plan plan{p, static_cast<unsigned>(ceil_div(p.x[0].heads, kHeads)), 0, false};
   const int64_t groups = plan.q_groups + (p.num_operands == 2 ? ceil_div(p.x[1].heads, kHeads) : 0);
-  plan.units = kPairs ? ceil_div(2 * p.half, 2 * W) : p.half / W;
+  plan.units = static_cast<int>(kPairs ? ceil_div(p.half, W) : p.half / W);
   plan.wide_tables = fits_tables(p, kPairs ? W / 2 : W);
   // A block's threads along x share a row: at least a few, as they also copy what is not rotated.
   const int64_t copied = (p.head_dim - 2 * p.half) / W;

@@ -2,7 +2,7 @@
 // loads their angles once and meets the same place of eight heads with them.
 #pragma once
 
-#include <limits>
+#include <cmath>
 
 #include "../cuda/convert.cuh"
 #include "../cuda/device.cuh"
@@ -11,15 +11,20 @@
 
 namespace kx::rope {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
+constexpr int kBlocks = 5;  // per multiprocessor: enough loads in flight, and registers for each
 constexpr int kHeads = 8;   // that a block rotates with one set of angles
-constexpr int kUnroll = 4;  // heads whose loads are on their way at once
+constexpr int kUnroll = 2;  // heads whose loads are on their way at once
 
 struct Plan {
   Problem problem;
-  int64_t q_groups;  // blocks of kHeads heads that belong to q; the others are k's
-  int64_t units;     // pairs of vectors in a row's rotated part
-  bool wide_tables;  // a vector's angles are neighbours, and aligned
+  unsigned q_groups;  // blocks of kHeads heads that belong to q; the others are k's
+  int units;          // pairs of vectors in a row's rotated part
+  bool wide_tables;   // a vector's angles are neighbours, and aligned
+};
+
+struct Strides {
+  int64_t in_head, out_head, in_dim, out_dim;
 };
 
 template <class T>
@@ -46,18 +51,27 @@ __device__ inline void load_angles(const Table* row, int64_t stride, bool wide, 
   }
 }
 
-template <int N, class A>
-__device__ inline void load_angles(const void* table, DType dtype, int64_t row, int64_t stride, bool wide,
-                                   int64_t first, A* out) {
+// A unit's W angles: from pair `first` on, or (kPairs) half of them from there and half from `apart` pairs further.
+template <bool kPairs, class A, int W>
+__device__ inline void load_angles(const void* table, DType dtype, const int64_t* stride, Row row, bool wide, int first,
+                                   int apart, A (&out)[W]) {
+  const int64_t at = row.sequence * stride[0] + row.position * stride[1];
+  const auto load = [&](const auto* typed) {
+    constexpr int kNeighbours = kPairs ? W / 2 : W;
+    load_angles<kNeighbours>(typed + at, stride[2], wide, first, out);
+    if constexpr (kPairs) {
+      load_angles<kNeighbours>(typed + at, stride[2], wide, first + apart, out + W / 2);
+    }
+  };
   switch (dtype) {
     case DType::kFloat64:
-      return load_angles<N>(static_cast<const double*>(table) + row, stride, wide, first, out);
+      return load(static_cast<const double*>(table));
     case DType::kBFloat16:
-      return load_angles<N>(static_cast<const bfloat16*>(table) + row, stride, wide, first, out);
+      return load(static_cast<const bfloat16*>(table));
     case DType::kFloat16:
-      return load_angles<N>(static_cast<const float16*>(table) + row, stride, wide, first, out);
+      return load(static_cast<const float16*>(table));
     default:
-      return load_angles<N>(static_cast<const float*>(table) + row, stride, wide, first, out);
+      return load(static_cast<const float*>(table));
   }
 }
 
@@ -86,74 +100,64 @@ __device__ inline void rotate(Vector<T, W>& x, Vector<T, W>& y, const arithmetic
   }
 }
 
-// Dimensions [begin, end) of heads [0, heads), as they are: in vectors where W > 1, then one by one.
+// Dimensions [begin, end) of `heads` heads, as they are: in vectors, then one by one.
 template <class T, int W>
-__device__ inline void copy(const Operand& x, const T* in, T* out, int64_t heads, int64_t begin, int64_t end) {
-  const int64_t vectors = (end - begin) / W, tail = begin + vectors * W;
-  for (int64_t h = 0; h < heads; ++h) {
-    const T* from = in + h * x.in_stride[2];
-    T* to = out + h * x.out_stride[2];
-    for (int64_t v = threadIdx.x; v < vectors; v += blockDim.x) {
+__device__ inline void copy(const T* in, T* out, const Strides& stride, int heads, int begin, int end) {
+  const int vectors = (end - begin) / W, tail = begin + vectors * W;
+  for (int h = 0; h < heads; ++h) {
+    for (int v = threadIdx.x; v < vectors; v += blockDim.x) {
       const int64_t d = begin + v * W;
-      store(to + d * x.out_stride[3], load_once<W>(from + d * x.in_stride[3]));
+      store(out + d * stride.out_dim, load_once<W>(in + d * stride.in_dim));
     }
     for (int64_t d = tail + threadIdx.x; d < end; d += blockDim.x) {
-      store(to + d * x.out_stride[3], load_once<1>(from + d * x.in_stride[3]));
+      store(out + d * stride.out_dim, load_once<1>(in + d * stride.in_dim));
     }
+    in += stride.in_head;
+    out += stride.out_head;
   }
 }
 
 // W > 1 asks for neighbouring dimensions (stride 1), whose vectors are aligned everywhere.
 // Grid: groups of heads, tiles of tokens, batch. Block: units × tokens.
 template <class T, int W, bool kPairs>
-__global__ void __launch_bounds__(kThreads) rope_kernel(const __grid_constant__ Plan plan) {
+__global__ void __launch_bounds__(kThreads, kBlocks) rope_kernel(const __grid_constant__ Plan plan) {
   using A = arithmetic_t<T>;
   const Problem& p = plan.problem;
   const bool is_k = blockIdx.x >= plan.q_groups;
   const Operand& x = is_k ? p.x[1] : p.x[0];
-  const int64_t first_head = (is_k ? blockIdx.x - plan.q_groups : blockIdx.x) * kHeads;
-  const int64_t heads = x.heads - first_head < kHeads ? x.heads - first_head : kHeads;
-  const bool copies = x.in != x.out;
+  const int64_t first_head = static_cast<int64_t>(is_k ? blockIdx.x - plan.q_groups : blockIdx.x) * kHeads;
+  const int heads = x.heads - first_head < kHeads ? static_cast<int>(x.heads - first_head) : kHeads;
+  const Strides stride{x.in_stride[2], x.out_stride[2], W > 1 ? 1 : x.in_stride[3], W > 1 ? 1 : x.out_stride[3]};
+  const int head_dim = static_cast<int>(p.head_dim), half = static_cast<int>(p.half), start = static_cast<int>(p.start);
 
-  for (int64_t b = blockIdx.z; b < p.batch; b += gridDim.z) {
-    for (int64_t t = int64_t{blockIdx.y} * blockDim.y + threadIdx.y; t < p.length;
-         t += int64_t{gridDim.y} * blockDim.y) {
+  for (unsigned b = blockIdx.z; b < p.batch; b += gridDim.z) {
+    for (int64_t t = int64_t{blockIdx.y} * blockDim.y + threadIdx.y; t < p.length; t += gridDim.y * blockDim.y) {
       const T* in = static_cast<const T*>(x.in) + b * x.in_stride[0] + t * x.in_stride[1] + first_head * x.in_stride[2];
       T* out = static_cast<T*>(x.out) + b * x.out_stride[0] + t * x.out_stride[1] + first_head * x.out_stride[2];
       const Row row = locate(p, b, t);
       const bool padding = row.position < 0;
-      if (copies) {
-        copy<T, W>(x, in, out, heads, 0, padding ? p.head_dim : p.start);
-        copy<T, W>(x, in, out, heads, padding ? p.head_dim : p.start + 2 * p.half, p.head_dim);
+      if (x.in != x.out) {
+        copy<T, W>(in, out, stride, heads, 0, padding ? head_dim : start);
+        copy<T, W>(in, out, stride, heads, padding ? head_dim : start + 2 * half, head_dim);
       }
       if (padding) {
         continue;
       }
-      const bool known = row.position < p.table_length;
-      const int64_t cos_row = row.sequence * p.cos_stride[0] + row.position * p.cos_stride[1];
-      const int64_t sin_row = row.sequence * p.sin_stride[0] + row.position * p.sin_stride[1];
-
-      for (int64_t u = threadIdx.x; u < plan.units; u += blockDim.x) {
-        // The unit's two vectors begin at d0 and d1 in the rotated part; where pairs lie within vectors and their
-        // number is odd, the last one stands for both.
-        const bool both = !kPairs || (u + plan.units) * W < 2 * p.half;
-        const int64_t d0 = kPairs || !p.interleaved ? u * W : 2 * u;
-        const int64_t d1 = kPairs ? (both ? d0 + plan.units * W : d0) : p.interleaved ? d0 + 1 : d0 + p.half;
-
+      for (int u = threadIdx.x; u < plan.units; u += blockDim.x) {
+        // The unit's two vectors begin at d0 and d0 + apart in the rotated part. Where pairs lie within vectors and the
+        // number of these is odd, the last one stands for both.
+        const bool both = !kPairs || (u + plan.units) * W < 2 * half;
+        const int d0 = kPairs || !p.interleaved ? u * W : 2 * u;
+        const int apart = kPairs ? (both ? plan.units * W : 0) : p.interleaved ? 1 : half;
         A c[W], s[W];
-        if (known) {
-          constexpr int kAngles = kPairs ? W / 2 : W;  // of one load
-          const int64_t pair = kPairs ? d0 / 2 : u * W;
-          load_angles<kAngles>(p.cos, p.table_dtype, cos_row, p.cos_stride[2], plan.wide_tables, pair, c);
-          load_angles<kAngles>(p.sin, p.table_dtype, sin_row, p.sin_stride[2], plan.wide_tables, pair, s);
-          if constexpr (kPairs) {
-            load_angles<kAngles>(p.cos, p.table_dtype, cos_row, p.cos_stride[2], plan.wide_tables, d1 / 2, c + W / 2);
-            load_angles<kAngles>(p.sin, p.table_dtype, sin_row, p.sin_stride[2], plan.wide_tables, d1 / 2, s + W / 2);
-          }
+        if (row.position < p.table_length) {
+          const int pair = kPairs ? d0 / 2 : u * W;
+          load_angles<kPairs>(p.cos, p.table_dtype, p.cos_stride, row, plan.wide_tables, pair, apart / 2, c);
+          load_angles<kPairs>(p.sin, p.table_dtype, p.sin_stride, row, plan.wide_tables, pair, apart / 2, s);
         } else {
 #pragma unroll
           for (int j = 0; j < W; ++j) {
-            c[j] = s[j] = std::numeric_limits<A>::quiet_NaN();
+            c[j] = s[j] = static_cast<A>(NAN);
           }
         }
         if (p.inverse) {
@@ -162,28 +166,29 @@ __global__ void __launch_bounds__(kThreads) rope_kernel(const __grid_constant__ 
             s[j] = -s[j];
           }
         }
-
-        const int64_t in0 = (p.start + d0) * x.in_stride[3], in1 = (p.start + d1) * x.in_stride[3];
-        const int64_t out0 = (p.start + d0) * x.out_stride[3], out1 = (p.start + d1) * x.out_stride[3];
-        for (int64_t h = 0; h < heads; h += kUnroll) {
+        const T* from = in + (start + d0) * stride.in_dim;
+        T* to = out + (start + d0) * stride.out_dim;
+        for (int h = 0; h < heads; h += kUnroll) {
           Vector<T, W> x0[kUnroll], x1[kUnroll];
 #pragma unroll
           for (int i = 0; i < kUnroll; ++i) {
             if (h + i < heads) {
-              x0[i] = load_once<W>(in + (h + i) * x.in_stride[2] + in0);
-              x1[i] = load_once<W>(in + (h + i) * x.in_stride[2] + in1);
+              x0[i] = load_once<W>(from + i * stride.in_head);
+              x1[i] = load_once<W>(from + i * stride.in_head + apart * stride.in_dim);
             }
           }
 #pragma unroll
           for (int i = 0; i < kUnroll; ++i) {
             if (h + i < heads) {
               rotate<kPairs>(x0[i], x1[i], c, s);
-              store(out + (h + i) * x.out_stride[2] + out0, x0[i]);
+              store(to + i * stride.out_head, x0[i]);
               if (both) {
-                store(out + (h + i) * x.out_stride[2] + out1, x1[i]);
+                store(to + i * stride.out_head + apart * stride.out_dim, x1[i]);
               }
             }
           }
+          from += kUnroll * stride.in_head;
+          to += kUnroll * stride.out_head;
         }
       }
     }
