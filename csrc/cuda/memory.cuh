@@ -72,7 +72,7 @@ __device__ inline void store(T* p, const Vector<T, N>& v) {
 template <class Shared>
 __device__ inline Shared& shared_memory() {
 #ifdef KX_EMULATION
-  return *static_cast<Shared*>(emulation::shared_memory(sizeof(Shared)));
+  return *static_cast<Shared*>(emulation::block_shared_memory(sizeof(Shared)));
 #else
   extern __shared__ __align__(1024) unsigned char bytes[];
   return *reinterpret_cast<Shared*>(bytes);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
 #include <numeric>
 #include <sstream>
 
@@ -17,11 +18,13 @@ namespace kx::emulation {
 namespace {
 
 constexpr size_t kStackBytes = size_t{256} << 10;
-constexpr size_t kSharedAlignment = 1024;
+constexpr std::align_val_t kSharedAlignment{1024};
 constexpr unsigned char kPoison = 0xff;  // NaN as a float: shared memory that nobody has written
 
 thread_local Block* current_block = nullptr;
 uint64_t next_seed = 0;
+
+void free_shared(void* p) { ::operator delete(p, kSharedAlignment); }
 
 std::string text(Location here) { return std::string(here.file) + ":" + std::to_string(here.line); }
 
@@ -43,7 +46,7 @@ Block::Block(Dim3 grid, Dim3 index, Dim3 size, size_t shared_bytes, uint64_t see
       threads_(size_t{size.x} * size.y * size.z),
       order_(threads_.size()),
       shown_((threads_.size() + kWarp - 1) / kWarp * kWarp),
-      shared_(std::aligned_alloc(kSharedAlignment, shared_bytes), &std::free),
+      shared_(::operator new(shared_bytes, kSharedAlignment), &free_shared),
       shared_bytes_(shared_bytes),
       random_(seed),
       seed_(seed) {

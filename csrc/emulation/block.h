@@ -5,7 +5,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <exception>
 #include <functional>
 #include <memory>
@@ -97,7 +96,7 @@ class Block {
   std::vector<std::unique_ptr<char[]>> spare_stacks_;
   std::unique_ptr<char[]> stack_;  // of the fiber that is running new threads
   std::vector<uint64_t> shown_;    // by exchange and gather, one per thread
-  std::unique_ptr<void, decltype(&std::free)> shared_;
+  std::unique_ptr<void, void (*)(void*)> shared_;
   const size_t shared_bytes_;
   std::mt19937_64 random_;
   const uint64_t seed_;

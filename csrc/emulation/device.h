@@ -89,6 +89,6 @@ inline void check_access(const void* address, size_t bytes, const char* what) {
   }
 }
 
-inline void* shared_memory(size_t bytes) { return Block::current().shared(bytes); }
+inline void* block_shared_memory(size_t bytes) { return Block::current().shared(bytes); }
 
 }  // namespace kx::emulation
