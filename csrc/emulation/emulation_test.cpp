@@ -119,7 +119,9 @@ __global__ void foreign_lane_kernel(int* out) {
   }
 }
 
-__global__ void masks_differ_kernel() { __syncwarp(threadIdx.x < 16 ? 0x0001ffffu : 0xffff0000u | 1u << 0); }
+__global__ void masks_differ_kernel() { __syncwarp(threadIdx.x < 16 ? 0x0001ffffu : 0xffffffffu); }
+
+__global__ void absent_from_mask_kernel() { __syncwarp(0xffff0000u); }
 
 __global__ void misaligned_kernel(const float* in, float* out) { store(out, load_once<4>(in + 1)); }
 
@@ -164,7 +166,8 @@ void test_faults() {
                {"different __syncthreads", "thread 0 of block", "thread 63 of block"});
   expect_fault([] { launch(lost_lane_kernel, 1, 32, 0, 0); }, {"wait for their warp at", "have returned"});
   expect_fault([&] { launch(foreign_lane_kernel, 1, 32, 0, 0, ints.data()); }, {"reads lane 20, which is not in the"});
-  expect_fault([] { launch(masks_differ_kernel, 1, 32, 0, 0); }, {"not in the mask"});
+  expect_fault([] { launch(masks_differ_kernel, 1, 32, 0, 0); }, {"lanes of one warp meet with different masks at"});
+  expect_fault([] { launch(absent_from_mask_kernel, 1, 32, 0, 0); }, {"is not in the mask that it names"});
   expect_fault([&] { launch(misaligned_kernel, 1, 1, 0, 0, static_cast<const float*>(floats.data()), floats.data()); },
                {"misaligned load of 16 bytes"});
   expect_fault([&] { launch(shared_kernel, 1, 1, 4, 0, floats.data()); }, {"wants 32 bytes", "the launch gave 4"});
