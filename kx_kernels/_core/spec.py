@@ -46,6 +46,8 @@ class OpSpec:
     bad_calls: Sequence[BadCall]
     flops: Callable[[Call], int]
     bytes: Callable[[Call], int]
+    codegen: Callable[[], Mapping[str, Call]]  # calls, on the meta device, whose machine code is checked
+    max_registers: int  # that its kernels may use per thread
     growth: Mapping[str, Mapping[str, float]]  # quantity -> dimension -> exponent that the counts have to show
 
     def call(self, case: str, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> Call:

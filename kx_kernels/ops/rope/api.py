@@ -120,11 +120,16 @@ def rope(
     return outs[0] if k is None else (outs[0], outs[1])
 
 
-def survey(q, k, cos, sin, *, backend=None, inplace=False, **options) -> list[tuple[str, str | None]]:
-    """For `kx_kernels.explain`: each backend, and why it cannot serve this call or None."""
+def problem(q, k, cos, sin, *, backend=None, inplace=False, **options) -> RopeProblem:
+    """A call as its backends see it, checked."""
     options = {"positions": None, "offset": 0, "cu_seqlens": None, "rotary_dim": None, "start": 0, **options}
     options = {"interleaved": True, "inverse": False, **options}
-    return dispatch.survey(backends(), _checked(q, k, cos, sin, **options))
+    return _checked(q, k, cos, sin, **options)
+
+
+def survey(*args, **kwargs) -> list[tuple[str, str | None]]:
+    """For `kx_kernels.explain`: each backend, and why it cannot serve this call or None."""
+    return dispatch.survey(backends(), problem(*args, **kwargs))
 
 
 def _checked(

@@ -255,12 +255,33 @@ def bytes_(call: Call) -> int:
     return 2 * values * q.itemsize + 2 * rows * cos.shape[-1] * cos.itemsize
 
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def codegen() -> dict[str, Call]:
+    """q and k of a large model in every dtype and pairing, and the forms that add code: partial, packed, transposed."""
+    large = RopeCase(heads=32, kv_heads=8, head_dim=128, rotary_dim=128, batch=1, length=64)
+    forms = {
+        "": large,
+        " partial": replace(large, rotary_dim=64, start=64),
+        " packed": replace(large, lengths=(24, 40), positions="sequence"),
+        " transposed": replace(large, layout="transposed", positions="token"),
+    }
+    calls = {}
+    for interleaved, pairing in ((True, "interleaved"), (False, "half")):
+        for form, case in forms.items():
+            for dtype in DTYPES[:2] if form in (" packed", " transposed") else DTYPES:
+                call = make(replace(case, interleaved=interleaved), dtype, torch.device("meta"), 0)
+                calls[f"{str(dtype).removeprefix('torch.')} {pairing}{form}"] = call
+    return calls
+
+
 SPEC = OpSpec(
     name="rope",
     function=rope,
     reference=reference,
     backends=("cuda", "triton", "cpu", "reference"),
-    dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    dtypes=DTYPES,
     cannot={("triton", "cpu", torch.bfloat16): "truncates to bfloat16"},
     differentiable=("q", "k"),
     cases=CASES,
@@ -270,5 +291,7 @@ SPEC = OpSpec(
     bad_calls=BAD_CALLS,
     flops=flops,
     bytes=bytes_,
+    codegen=codegen,
+    max_registers=96,
     growth={"flops": {"length": 1.0, "batch": 1.0}, "bytes": {"length": 1.0, "batch": 1.0}},
 )
