@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -70,7 +72,9 @@ def rope(
     inverse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Rotary position embedding, written to be read; `kx_kernels.rope` documents the arguments."""
-    position, sequence = _row_positions(q, positions, offset, cu_seqlens)
-    sin = -sin if inverse else sin
-    rotated_q = _rotate(q, cos, sin, position, sequence, start, interleaved)
-    return rotated_q if k is None else (rotated_q, _rotate(k, cos, sin, position, sequence, start, interleaved))
+    kind = q.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext():
+        position, sequence = _row_positions(q, positions, offset, cu_seqlens)
+        sin = -sin if inverse else sin
+        rotated_q = _rotate(q, cos, sin, position, sequence, start, interleaved)
+        return rotated_q if k is None else (rotated_q, _rotate(k, cos, sin, position, sequence, start, interleaved))
