@@ -1,0 +1,88 @@
+"""How far each backend is from float64, on every case of its spec. `python -m benchmarks.accuracy` prints JSON.
+
+Without a GPU it wants TRITON_INTERPRET=1 from the start, so that Triton's kernels run; the CUDA kernels run on the
+emulation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+import kx_kernels as kx
+from kx_kernels._core import native
+from kx_kernels._core.spec import OpSpec, all_specs
+from kx_kernels.testing.budget import budget
+from kx_kernels.testing.emulation import emulated_cuda
+
+ROOT = Path(__file__).parent.parent
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+
+
+def _errors(spec: OpSpec, case: str, dtype: torch.dtype, device: str, backend: str) -> tuple[float, float]:
+    """Largest error and the budget, both in roundings of the largest value."""
+    call = spec.call(case, dtype, device)
+    as_dtype = lambda d: call | {n: call[n].to(d) for n in spec.differentiable if call.get(n) is not None}  # noqa: E731
+    eager_dtype = torch.float32 if dtype == torch.float64 else dtype
+    outs = _tensors(spec.function(**call, backend=backend))
+    exact = _tensors(spec.reference(**as_dtype(torch.float64)))
+    eager = _tensors(spec.reference(**as_dtype(eager_dtype)))
+    scale = torch.finfo(dtype).eps / torch.finfo(eager_dtype).eps
+    worst, allowed = 0.0, 0.0
+    for y, e, g in zip(outs, exact, eager, strict=True):
+        if y.numel():
+            unit = torch.finfo(dtype).eps * e.abs().max().item()
+            worst = max(worst, (y.double() - e).abs().max().item() / unit)
+            allowed = max(allowed, budget(e, g) * scale / unit)
+    return worst, allowed
+
+
+def rows(spec: OpSpec, device: str) -> list[dict[str, Any]]:
+    """One row per backend and dtype: the worst case and its budget, or why it was not measured."""
+    found = []
+    for backend in spec.backends:
+        for dtype in spec.dtypes:
+            row: dict[str, Any] = {"op": spec.name, "backend": backend, "dtype": str(dtype).removeprefix("torch.")}
+            emulate = device == "cpu" and backend == "cuda" and native.load("_emulation") is not None
+            how = {"cuda": "emulated", "triton": "interpreted"} if device == "cpu" else {}
+            row["how"] = how.get(backend, "")
+            try:
+                with emulated_cuda() if emulate else contextlib.nullcontext():
+                    errors = {case: _errors(spec, case, dtype, device, backend) for case in spec.cases}
+            except kx.UnsupportedError as error:
+                reason = next(line for line in str(error).splitlines() if line.strip().startswith(f"{backend}:"))
+                row |= {"error": None, "reason": reason.split(":", 1)[1].strip()}
+            else:
+                case = max(errors, key=lambda name: errors[name][0])
+                row |= {"error": errors[case][0], "budget": errors[case][1], "case": case, "cases": len(errors)}
+            found.append(row)
+    return found
+
+
+def measure(op: str, device: str) -> list[dict[str, Any]]:
+    """In a process of its own, because Triton's interpreter has to be chosen before triton is imported."""
+    environment = dict(os.environ) | ({"TRITON_INTERPRET": "1"} if device == "cpu" else {})
+    command = [sys.executable, "-m", "benchmarks.accuracy", op, device]
+    result = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(result.stdout)
+
+
+def main() -> None:
+    op, device = sys.argv[1:]
+    print(json.dumps(rows(next(spec for spec in all_specs() if spec.name == op), device)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Where the numbers come from."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import kx_kernels as kx
+from kx_kernels.__main__ import environment as package_environment
+
+ROOT = Path(__file__).parent.parent
+
+
+def _git(*command: str) -> str | None:
+    try:
+        return subprocess.run(["git", *command], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _cpu() -> dict[str, str]:
+    """What lscpu knows: name, cores, caches."""
+    try:
+        text = subprocess.run(["lscpu"], check=True, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return dict(line.split(":", 1) for line in text.stdout.splitlines() if ":" in line)
+
+
+def _bytes(text: str) -> int:
+    """32 MiB (1 instance) -> 33554432"""
+    match = re.match(r"\s*([\d.]+)\s*([KMG])iB", text)
+    return int(float(match.group(1)) * 1024 ** (" KMG".index(match.group(2)))) if match else 0
+
+
+def cache_bytes(device: str) -> int:
+    """The last-level cache of the device, as far as it tells."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).L2_cache_size
+    cpu = _cpu()
+    return max(_bytes(cpu.get(name, "")) for name in ("L3 cache", "L2 cache")) or 32 << 20
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpu = _cpu()
+    name = cpu.get("Model name", "").strip() or platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def environment(device: str) -> dict[str, Any]:
+    """JSON-ready facts about the machine and the software."""
+    status = _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs/report.png")
+    facts: dict[str, Any] = dict(package_environment())
+    facts |= {
+        "device": device_name(device),
+        "device_kind": device,
+        "commit": _git("rev-parse", "--short", "HEAD"),
+        "uncommitted_changes": None if status is None else bool(status),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "last_level_cache_bytes": cache_bytes(device),
+        "kx_kernels": kx.__version__,
+        "executable": f"{platform.python_implementation()} {sys.version.split()[0]}",
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        facts["gpu_memory_bytes"] = properties.total_memory
+        facts["multiprocessors"] = properties.multi_processor_count
+    return facts

@@ -1,0 +1,365 @@
+"""rope: what is measured, against whom, and which goals that decides."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kx_kernels as kx
+from kx_kernels.ops.rope import api
+from kx_kernels.ops.rope.reference import rope as reference
+
+from .goals import Goal, Where
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: q [B, T, H, D] and k [B, T, Hk, D], or packed sequences of T tokens in all."""
+
+    name: str
+    dtype: torch.dtype
+    batch: int
+    length: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    interleaved: bool = False
+    layout: str = "[B, T, H, D]"  # or "[B, H, T, D]": the order in memory
+    backward: bool = False
+    sequences: int = 0  # packed, of unequal lengths; 0: a batch
+
+    @property
+    def bytes_moved(self) -> int:
+        """Each value read and written once, each token's row of the tables read once."""
+        rows = self.batch * self.length
+        return rows * (2 * (self.heads + self.kv_heads) * self.head_dim * self.dtype.itemsize + 4 * self.head_dim)
+
+
+BASE = Case("float32, half-split", torch.float32, 2, 4096, 12, 12, 64)
+LARGE = Case("bfloat16, half-split", torch.bfloat16, 4, 4096, 32, 8, 128)
+
+
+def cases(device: str) -> list[Case]:
+    if device == "cpu":
+        return [
+            BASE,
+            replace(BASE, name="float32, interleaved", interleaved=True),
+            replace(BASE, name="float32, half-split, memory [B, H, T, D]", layout="[B, H, T, D]"),
+            replace(BASE, name="float32, half-split, backward", backward=True),
+            replace(BASE, name="float32, half-split, 37 packed sequences", batch=1, length=8192, sequences=37),
+            replace(BASE, name="bfloat16, half-split", dtype=torch.bfloat16),
+            replace(BASE, name="decode: float32, T = 1", batch=8, length=1, heads=32, kv_heads=8, head_dim=128),
+        ]
+    return [
+        LARGE,
+        replace(LARGE, name="bfloat16, interleaved", interleaved=True),
+        replace(LARGE, name="bfloat16, half-split, memory [B, H, T, D]", layout="[B, H, T, D]"),
+        replace(LARGE, name="bfloat16, interleaved, memory [B, H, T, D]", layout="[B, H, T, D]", interleaved=True),
+        replace(LARGE, name="bfloat16, half-split, backward", backward=True),
+        replace(LARGE, name="bfloat16, interleaved, backward", backward=True, interleaved=True),
+        replace(LARGE, name="bfloat16, half-split, 2400 packed sequences", batch=1, length=65536, sequences=2400),
+        replace(LARGE, name="float32, half-split", dtype=torch.float32, batch=2),
+        replace(LARGE, name="bfloat16, half-split, 20 MB", batch=1, length=1024),
+        replace(LARGE, name="decode: bfloat16, T = 1", batch=32, length=1),
+    ]
+
+
+def sweep(device: str) -> list[Case]:
+    """The same call at growing lengths."""
+    base = BASE if device == "cpu" else replace(LARGE, batch=1)
+    last = 14 if device == "cpu" else 18
+    return [replace(base, name=f"T = {1 << n}", batch=1, length=1 << n) for n in range(4, last)]
+
+
+class Inputs:
+    """One set of buffers of a case."""
+
+    def __init__(self, case: Case, device: str, seed: int = 0) -> None:
+        self.case = case
+        generator = torch.Generator().manual_seed(seed)
+        shape = (case.batch, case.length) if not case.sequences else (case.length,)
+        self.q, self.k = (self._random(generator, shape, h, device) for h in (case.heads, case.kv_heads))
+        self.q_out, self.k_out = torch.empty_like(self.q), torch.empty_like(self.k)
+        self.cu_seqlens = None
+        longest = case.length
+        if case.sequences:
+            cuts = torch.randperm(case.length - 1, generator=generator)[: case.sequences - 1].sort().values + 1
+            ends = torch.cat([torch.zeros(1), cuts, torch.full((1,), case.length)]).int()
+            longest = int(ends.diff().max())
+            self.cu_seqlens = ends.to(device)
+        self.longest = longest
+        self.cos, self.sin = kx.rope_tables(longest, case.head_dim, device=device)
+
+    def _random(self, generator: torch.Generator, rows: tuple[int, ...], heads: int, device: str) -> Tensor:
+        shape = (*rows, heads, self.case.head_dim)
+        if self.case.layout == "[B, H, T, D]":
+            shape = (rows[0], heads, rows[1], self.case.head_dim)
+        x = torch.randn(shape, generator=generator, dtype=torch.float32).to(device, self.case.dtype)
+        return x.transpose(1, 2) if self.case.layout == "[B, H, T, D]" else x
+
+
+Rotate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""q, k [B, T, H, D] -> rotated, in whatever memory layout the contender gives."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Someone's rope. `prepare(inputs)` returns the function to time, or raises Missing with the reason it cannot."""
+
+    name: str
+    kind: str  # "ours", "torch", "peer"
+    prepare: Callable[[Inputs], Rotate]
+
+
+class Missing(Exception):
+    """This contender cannot run this case here."""
+
+
+def _ours(backend: str, inplace: bool = False) -> Callable[[Inputs], Rotate]:
+    def prepare(x: Inputs) -> Rotate:
+        how: dict[str, Any] = {"interleaved": x.case.interleaved, "cu_seqlens": x.cu_seqlens, "backend": backend}
+        if inplace and x.case.backward:
+            raise Missing("the gradient does not depend on where the result went")
+        reasons = dict(api.survey(x.q, x.k, x.cos, x.sin, **how))
+        if reasons[backend] is not None:
+            raise Missing(str(reasons[backend]))
+        return lambda q, k: kx.rope(q, k, x.cos, x.sin, inplace=inplace, **how)
+
+    return prepare
+
+
+def _no_packed(x: Inputs, name: str) -> None:
+    if x.case.sequences:
+        raise Missing(f"{name} takes no packed sequences")
+
+
+def _imported(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # a peer may fail to import in ways of its own
+        raise Missing(
+            f"{package} does not import here: {type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _hugging_face_function(x: Inputs) -> Rotate:
+    """q and k as [B, H, S, D] views and full-width tables of q's dtype, as Llama's attention calls it; GPT-J's if
+    interleaved, on [B, S, H, D] with half-width tables."""
+    _no_packed(x, "transformers")
+    if x.case.interleaved:
+        gptj = _imported("transformers.models.gptj.modeling_gptj", "transformers")
+        sin, cos = (t[None].to(x.case.dtype) for t in (x.sin, x.cos))
+        return lambda q, k: (
+            gptj.apply_rotary_pos_emb(q, sin, cos),
+            gptj.apply_rotary_pos_emb(k, sin, cos),
+        )
+    llama = _imported("transformers.models.llama.modeling_llama", "transformers")
+    cos, sin = (torch.cat((t, t), -1)[None].to(x.case.dtype) for t in (x.cos, x.sin))
+
+    def rotate(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = llama.apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+        return q.transpose(1, 2), k.transpose(1, 2)
+
+    return rotate
+
+
+def _hugging_face_compiled(x: Inputs) -> Rotate:
+    rotate = _hugging_face_function(x)
+    return torch.compile(rotate, dynamic=False)
+
+
+def _flash_attn(x: Inputs) -> Rotate:
+    rotary = _imported("flash_attn.layers.rotary", "flash-attn")
+    how: dict[str, Any] = {"interleaved": x.case.interleaved}
+    if x.cu_seqlens is not None:
+        how |= {"cu_seqlens": x.cu_seqlens, "max_seqlen": x.longest}
+    cos, sin = x.cos.to(x.case.dtype), x.sin.to(x.case.dtype)
+    return lambda q, k: (rotary.apply_rotary_emb(q, cos, sin, **how), rotary.apply_rotary_emb(k, cos, sin, **how))
+
+
+def _liger(x: Inputs) -> Rotate:
+    _no_packed(x, "liger-kernel")
+    if x.case.interleaved:
+        raise Missing("its rope is half-split only")
+    if x.q.device.type == "cpu":
+        raise Missing("its kernels are Triton's and need a GPU")
+    liger = _imported("liger_kernel.transformers.rope", "liger-kernel")
+    cos, sin = (torch.cat((t, t), -1)[None].to(x.case.dtype) for t in (x.cos, x.sin))
+
+    def rotate(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = liger.liger_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+        return q.transpose(1, 2), k.transpose(1, 2)
+
+    return rotate
+
+
+def _fla(x: Inputs) -> Rotate:
+    rotary = _imported("fla.modules.rotary", "flash-linear-attention")
+    how: dict[str, Any] = {"interleaved": x.case.interleaved}
+    if x.cu_seqlens is not None:
+        how["cu_seqlens"] = x.cu_seqlens
+    pad = (lambda t: t[None]) if x.cu_seqlens is not None else (lambda t: t)
+    crop = (lambda t: t[0]) if x.cu_seqlens is not None else (lambda t: t)
+    cos, sin = x.cos.to(x.case.dtype), x.sin.to(x.case.dtype)
+
+    def one(t: Tensor) -> Tensor:
+        return crop(rotary.rotary_embedding(pad(t), cos, sin, **how))
+
+    return lambda q, k: (one(q), one(k))
+
+
+def _rotary_embedding_torch(x: Inputs) -> Rotate:
+    _no_packed(x, "rotary-embedding-torch")
+    if not x.case.interleaved:
+        raise Missing("its rope is interleaved only")
+    module = _imported("rotary_embedding_torch", "rotary-embedding-torch")
+    rotary = module.RotaryEmbedding(x.case.head_dim, cache_max_seq_len=x.case.length, seq_before_head_dim=True)
+    rotary = rotary.to(x.q.device)
+    return lambda q, k: (rotary.rotate_queries_or_keys(q), rotary.rotate_queries_or_keys(k))
+
+
+CONTENDERS = [
+    *(Contender(f"kx {backend}", "ours", _ours(backend)) for backend in ("cuda", "triton", "cpu", "reference")),
+    Contender("kx in place", "ours", lambda x: _ours("cuda" if x.q.is_cuda else "cpu", inplace=True)(x)),
+    Contender("Hugging Face eager", "torch", _hugging_face_function),
+    Contender("Hugging Face, torch.compile", "torch", _hugging_face_compiled),
+    Contender("flash-attn", "peer", _flash_attn),
+    Contender("liger-kernel", "peer", _liger),
+    Contender("flash-linear-attention", "peer", _fla),
+    Contender("rotary-embedding-torch", "peer", _rotary_embedding_torch),
+]
+LIMIT = "dst.copy_(src)"
+PACKAGES = ("transformers", "flash-attn", "liger-kernel", "flash-linear-attention", "rotary-embedding-torch")
+
+
+def versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for package in PACKAGES:
+        found[package] = None
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def error(rotate: Rotate, x: Inputs) -> float:
+    """The largest difference from the float64 reference, over the largest value."""
+    wide = (t.double() for t in (x.q, x.k, x.cos, x.sin))
+    exact = reference(*wide, interleaved=x.case.interleaved, cu_seqlens=x.cu_seqlens)
+    outs = rotate(x.q.clone(), x.k.clone())
+    return max((y.double() - e).abs().max().item() / e.abs().max().item() for y, e in zip(outs, exact, strict=True))
+
+
+def calls(case: Case, device: str, sets: list[Inputs]) -> Iterator[tuple[Contender, Callable[[int], object] | str]]:
+    """Each contender with the call to time, on one set of buffers after another, or the reason there is none."""
+    for contender in CONTENDERS:
+        try:
+            rotate = contender.prepare(sets[0])
+            wrong = error(rotate, sets[0])
+        except Missing as missing:
+            yield contender, str(missing)
+            continue
+        except Exception as failure:  # a peer that breaks on this case is a finding, not our failure
+            if contender.kind == "ours":
+                raise
+            yield contender, f"fails: {type(failure).__name__}: {str(failure).splitlines()[0]}"
+            continue
+        if wrong > 0.05:  # far beyond what a bfloat16 or a phase in float32 explains: it computes something else
+            yield contender, f"computes something else: off by {wrong:.2g} of the largest value"
+        else:
+            yield contender, (_backward if case.backward else _forward)(rotate, sets)
+
+
+def _forward(rotate: Rotate, sets: list[Inputs]) -> Callable[[int], object]:
+    return lambda turn: rotate(sets[turn % len(sets)].q, sets[turn % len(sets)].k)
+
+
+def _backward(rotate: Rotate, sets: list[Inputs]) -> Callable[[int], object]:
+    graphs = []
+    for x in sets:
+        leaves = x.q.detach().requires_grad_(), x.k.detach().requires_grad_()
+        graphs.append((rotate(*leaves), leaves, (x.q_out, x.k_out)))
+
+    def call(turn: int) -> object:
+        outs, leaves, grads = graphs[turn % len(graphs)]
+        return torch.autograd.grad(outs, leaves, grads, retain_graph=True)
+
+    return call
+
+
+def copy(sets: list[Inputs]) -> Callable[[int], object]:
+    """The limit: as many bytes, read and written once."""
+
+    def call(turn: int) -> None:
+        x = sets[turn % len(sets)]
+        x.q_out.copy_(x.q)
+        x.k_out.copy_(x.k)
+
+    return call
+
+
+def _on(device: str) -> Where:
+    if device == "cpu":
+        return Where("a CPU", lambda environment: environment["device_kind"] == "cpu")
+    return Where("an H200", lambda environment: "H200" in environment["device"])
+
+
+def _fraction(case: str, contenders: tuple[str, ...]) -> Callable[[dict[str, Any]], tuple[float, float, float] | None]:
+    """The best of our backends, as a fraction of the copy's bandwidth."""
+
+    def value(results: dict[str, Any]) -> tuple[float, float, float] | None:
+        rows = [r for r in results["timings"] if r["case"] == case and r["contender"] in contenders and r["seconds"]]
+        best = max(rows, key=lambda r: r["of_limit"]["median"], default=None)
+        return (best["of_limit"]["median"], best["of_limit"]["low"], best["of_limit"]["high"]) if best else None
+
+    return value
+
+
+def _speedup(case: str, over: str) -> Callable[[dict[str, Any]], tuple[float, float, float] | None]:
+    def value(results: dict[str, Any]) -> tuple[float, float, float] | None:
+        row = {r["contender"]: r for r in results["timings"] if r["case"] == case and r["seconds"]}
+        if over not in row or "kx cpu" not in row:
+            return None
+        ours, theirs = row["kx cpu"]["of_limit"], row[over]["of_limit"]
+        return ours["median"] / theirs["median"], ours["low"] / theirs["high"], ours["high"] / theirs["low"]
+
+    return value
+
+
+def _decode_host(results: dict[str, Any]) -> tuple[float, float, float] | None:
+    row = next((r for r in results["host"] if r["contender"] == "kx cuda" and not r["gradient"]), None)
+    return (row["median"] * 1e6, row["low"] * 1e6, row["high"] * 1e6) if row else None
+
+
+def _import(results: dict[str, Any]) -> tuple[float, float, float] | None:
+    extra = results["import"]["extra"]
+    return extra["median"] * 1e3, extra["low"] * 1e3, extra["high"] * 1e3
+
+
+def goals() -> list[Goal]:
+    cpu, base = _on("cpu"), cases("cpu")[0].name
+    shape, eager, compiled = (
+        f"{base}, q and k of [2, 4096, 12, 64]",
+        "Hugging Face eager",
+        "Hugging Face, torch.compile",
+    )
+    found = [
+        Goal("bandwidth of the copy", cpu, shape, 0.7, "×", _fraction(base, ("kx cpu",))),
+        Goal(f"as fast as {eager}", cpu, shape, 8, "×", _speedup(base, eager)),
+        Goal(f"as fast as {compiled}", cpu, shape, 3, "×", _speedup(base, compiled)),
+    ]
+    for case in cases("cuda")[:6]:
+        value = _fraction(case.name, ("kx cuda", "kx triton"))
+        size = f"{case.bytes_moved / 1e6:.0f} MB"
+        found.append(Goal("bandwidth of the copy", _on("cuda"), f"{case.name}, {size}", 0.95, "×", value))
+    what = "host time of decoding"
+    case = "bfloat16, T = 1, 32 and 8 heads"
+    found.append(Goal(what, _on("cuda"), case, 15, "µs", _decode_host, at_most=True))
+    anywhere = Where("any machine", lambda environment: True)
+    return [*found, Goal("on top of torch", anywhere, "import kx_kernels", 50, "ms", _import, at_most=True)]

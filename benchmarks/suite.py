@@ -1,0 +1,156 @@
+"""Measures one operator on one device and keeps the rows as JSON. Needs neither plots nor templates."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._functorch.config as functorch_config
+from tqdm import tqdm
+
+import kx_kernels as kx
+from kx_kernels.testing import codegen
+
+from . import accuracy, measure, rope
+from .environment import ROOT, cache_bytes, device_name, environment, slug
+
+RESULTS = ROOT / "benchmarks" / "results"
+OPERATORS = {"rope": rope}
+
+
+def timings(op: Any, case: Any, device: str, seconds: float) -> list[dict[str, Any]]:
+    """Every contender of a case, or why there is no number."""
+    working_set = 2 * case.bytes_moved
+    sets = max(1, min(8, math.ceil(4 * cache_bytes(device) / working_set))) if device == "cpu" else 1
+    buffers = [op.Inputs(case, device, seed) for seed in range(sets)]
+    missing: dict[str, str] = {}
+    contenders = {op.LIMIT: op.copy(buffers)}
+    for contender, call in op.calls(case, device, buffers):
+        if isinstance(call, str):
+            missing[contender.name] = call
+        else:
+            contenders[contender.name] = call
+    cold = device == "cuda" or sets * working_set >= 2 * cache_bytes(device)
+    common = {"case": case.name, "bytes": case.bytes_moved, "cache": "cold" if cold else "warm", "length": case.length}
+    found = []
+    for name, (spread, fraction) in measure.take_turns(contenders, device, seconds, op.LIMIT).items():
+        bandwidth = case.bytes_moved / spread.median
+        numbers = {"seconds": asdict(spread), "of_limit": asdict(fraction), "bytes_per_second": bandwidth}
+        found.append({**common, "contender": name, **numbers})
+    return found + [{**common, "contender": name, "seconds": None, "reason": why} for name, why in missing.items()]
+
+
+def host_times(op: Any, device: str) -> list[dict[str, Any]]:
+    """Time until a call on one token returns, without and with a gradient to come."""
+    case = op.cases(device)[-1]
+    inputs = op.Inputs(case, device)
+    found = []
+    for contender, call in op.calls(case, device, [inputs]):
+        if isinstance(call, str) or contender.kind == "peer" or "in place" in contender.name:
+            continue
+        rotate = contender.prepare(inputs)
+        for gradient in (False, True):
+            q, k = inputs.q.detach().requires_grad_(gradient), inputs.k.detach().requires_grad_(gradient)
+            spread = measure.host_seconds(lambda rotate=rotate, q=q, k=k: rotate(q, k), device)
+            found.append({"case": case.name, "contender": contender.name, "gradient": gradient, **asdict(spread)})
+    return found
+
+
+def memory(op: Any, device: str) -> list[dict[str, Any]]:
+    """Bytes that a call takes beyond its inputs, and what autograd keeps."""
+    case = op.cases(device)[0]
+    inputs = op.Inputs(case, device)
+    found = []
+    for contender, call in op.calls(case, device, [inputs]):
+        if isinstance(call, str):
+            continue
+        rotate = contender.prepare(inputs)
+        peak = measure.peak_bytes(lambda rotate=rotate: rotate(inputs.q, inputs.k), device)
+        saved = None
+        if "in place" not in contender.name:
+            q, k = inputs.q.detach().requires_grad_(), inputs.k.detach().requires_grad_()
+            saved = measure.saved_bytes(lambda rotate=rotate, q=q, k=k: rotate(q, k), (q, k))
+        values = (inputs.q.numel() + inputs.k.numel()) * inputs.q.itemsize
+        found.append({"case": case.name, "contender": contender.name, "values": values, "peak": peak, "saved": saved})
+    return found
+
+
+def tables() -> list[dict[str, Any]]:
+    """Largest error of the cosines at growing positions: ours, and with the phase computed in float32."""
+    found = []
+    frequencies = 10000.0 ** (-torch.arange(0, 128, 2, dtype=torch.float64) / 128)
+    for exponent in range(6, 21):
+        last = 1 << exponent
+        positions = torch.arange(max(0, last - 4096), last + 1)
+        exact = (positions.double()[:, None] * frequencies).cos()
+        single = (positions.float()[:, None] * frequencies.float()).cos()
+        ours = kx.rope_tables(last + 1, 128)[0][positions]
+        errors = {"ours": ours, "float32_phase": single}
+        found.append({"position": last, **{n: (t.double() - exact).abs().max().item() for n, t in errors.items()}})
+    return found
+
+
+def import_seconds(rounds: int) -> dict[str, Any]:
+    """What importing the package costs after torch, in fresh processes."""
+    code = (
+        "import time; a = time.perf_counter(); import torch; b = time.perf_counter(); import kx_kernels; "
+        "print(b - a, time.perf_counter() - b)"
+    )
+    command = [sys.executable, "-c", code]
+    times = [
+        [float(t) for t in subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stdout.split()]
+        for _ in range(rounds + 1)
+    ]
+    torch_seconds, extra = zip(*times[1:], strict=True)  # the first may have read files from the disk
+    return {"torch": statistics.median(torch_seconds), "extra": asdict(measure.Spread.of(extra))}
+
+
+def run(name: str, device: str, quick: bool) -> Path:
+    """Measures everything about an operator; returns the file that holds it."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    functorch_config.donated_buffer = False  # a compiled backward pass is timed more than once
+    op = OPERATORS[name]
+    cases, sweep = op.cases(device), op.sweep(device)
+    if quick:
+        cases, sweep = [cases[0], cases[-1]], sweep[::3]
+    seconds = 3.0 if quick else 8.0
+    results: dict[str, Any] = {"op": name, "quick": quick, "environment": environment(device)}
+    results["versions"] = op.versions()
+    results["timings"], results["growth"] = [], []
+    with tqdm(total=len(cases) + len(sweep) + 5, desc=name, unit="step", dynamic_ncols=True) as progress:
+
+        def step(what: str) -> None:
+            progress.set_postfix_str(what)
+            progress.update()
+
+        for case in cases:
+            results["timings"] += timings(op, case, device, seconds)
+            step(case.name)
+        for case in sweep:
+            results["growth"] += timings(op, case, device, seconds / 8)
+            step(case.name)
+        results["host"] = host_times(op, device)
+        results["memory"] = memory(op, device)
+        step("host time, memory")
+        results["import"] = import_seconds(2 if quick else 5)
+        step("import")
+        results["tables"] = tables()
+        step("tables")
+        results["accuracy"] = accuracy.measure(name, device)
+        step("accuracy")
+        reason = codegen.available()
+        code = [] if quick or reason else [asdict(row) for row in codegen.machine_code() if row.op == name]
+        results["machine_code"] = {"rows": code, "reason": "left out by --quick" if quick else reason}
+        step("machine code")
+    file = RESULTS / slug(device_name(device)) / f"{name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(results, indent=1) + "\n")
+    return file
