@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -256,9 +256,11 @@ def error(rotate: Rotate, x: Inputs) -> float:
     return max((y.double() - e).abs().max().item() / e.abs().max().item() for y, e in zip(outs, exact, strict=True))
 
 
-def calls(case: Case, device: str, sets: list[Inputs]) -> Iterator[tuple[Contender, Callable[[int], object] | str]]:
+def calls(
+    case: Case, sets: list[Inputs], contenders: Sequence[Contender] = CONTENDERS
+) -> Iterator[tuple[Contender, Callable[[int], object] | str]]:
     """Each contender with the call to time, on one set of buffers after another, or the reason there is none."""
-    for contender in CONTENDERS:
+    for contender in contenders:
         try:
             rotate = contender.prepare(sets[0])
             wrong = error(rotate, sets[0])

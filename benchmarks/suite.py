@@ -33,7 +33,7 @@ def timings(op: Any, case: Any, device: str, seconds: float) -> list[dict[str, A
     buffers = [op.Inputs(case, device, seed) for seed in range(sets)]
     missing: dict[str, str] = {}
     contenders = {op.LIMIT: op.copy(buffers)}
-    for contender, call in op.calls(case, device, buffers):
+    for contender, call in op.calls(case, buffers):
         if isinstance(call, str):
             missing[contender.name] = call
         else:
@@ -53,7 +53,7 @@ def host_times(op: Any, device: str) -> list[dict[str, Any]]:
     case = op.cases(device)[-1]
     inputs = op.Inputs(case, device)
     found = []
-    for contender, call in op.calls(case, device, [inputs]):
+    for contender, call in op.calls(case, [inputs]):
         if isinstance(call, str) or contender.kind == "peer" or "in place" in contender.name:
             continue
         rotate = contender.prepare(inputs)
@@ -69,7 +69,7 @@ def memory(op: Any, device: str) -> list[dict[str, Any]]:
     case = op.cases(device)[0]
     inputs = op.Inputs(case, device)
     found = []
-    for contender, call in op.calls(case, device, [inputs]):
+    for contender, call in op.calls(case, [inputs]):
         if isinstance(call, str):
             continue
         rotate = contender.prepare(inputs)
