@@ -213,6 +213,16 @@ template <class A>
 inline A mul(A a, A b) {
   KX_EACH_LANE(A, a.v[i] * b.v[i]);
 }
+#if defined(__FP_FAST_FMA) && defined(__FP_FAST_FMAF)
+template <class A>
+inline A fma(A a, A b, A c) {
+  KX_EACH_LANE(A, std::fma(a.v[i], b.v[i], c.v[i]));
+}
+template <class A>
+inline A fms(A a, A b, A c) {
+  KX_EACH_LANE(A, std::fma(a.v[i], b.v[i], -c.v[i]));
+}
+#else
 // Rounds twice: without a fused instruction, a fused result would take a call per lane.
 template <class A>
 inline A fma(A a, A b, A c) {
@@ -222,6 +232,7 @@ template <class A>
 inline A fms(A a, A b, A c) {
   KX_EACH_LANE(A, a.v[i] * b.v[i] - c.v[i]);
 }
+#endif
 template <class A>
 inline A swap_pairs(A a) {
   KX_EACH_LANE(A, a.v[i ^ 1]);
