@@ -119,7 +119,7 @@ void rotate_interleaved(const T* in, T* out, const Angles<A>& angles, int64_t n)
 template <class T, class A>
 void rotate_strided(const Problem& p, const T* in, int64_t in_stride, T* out, int64_t out_stride, int64_t first,
                     int64_t pairs, const Angles<A>& angles) {
-  T x[kChunk], y[kChunk];
+  T x[kChunk] = {}, y[kChunk];
   const int64_t low = p.interleaved ? 2 * first : first, high = p.interleaved ? low + pairs : first + p.half;
   for (int64_t i = 0; i < pairs; ++i) {
     x[i] = in[(low + i) * in_stride];
