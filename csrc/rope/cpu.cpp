@@ -14,21 +14,22 @@ namespace {
 
 using namespace ::kx::KX_ISA;  // the vectors of this instruction set
 
-constexpr int kTokens = 16;                         // tokens whose angles are held at a time
-constexpr int64_t kChunk = 256;                     // dimensions whose angles are held at a time
+constexpr int kTokens = 64;                         // tokens whose angles are held at a time, at most
+constexpr int64_t kChunk = 256;                     // dimensions whose angles are held at a time, at most
+constexpr int64_t kAngles = 8192;                   // angles held at a time: they share the first cache with the rows
 constexpr int64_t kGrain = 16384;                   // elements worth a thread of their own
 constexpr int64_t kStreamBytes = int64_t{8} << 20;  // outputs of this size leave the caches before they are read again
 
-// The angles of kChunk dimensions of one token, in the layout that the pairing multiplies them in.
+// The angles of up to kChunk dimensions of one token, in the layout that the pairing multiplies them in.
 // half-split:  c[i] = cos_i, s[i] = sin_i;   interleaved: c = cos_0 cos_0 cos_1 …, s = −sin_0 sin_0 −sin_1 …
 template <class A>
 struct Angles {
-  A c[kChunk];
-  A s[kChunk];
+  A* c;
+  A* s;
 };
 
 template <class A, class Table>
-void load_angles(const Problem& p, Row row, int64_t first, int64_t pairs, Angles<A>* angles) {
+void load_angles(const Problem& p, Row row, int64_t first, int64_t pairs, Angles<A> angles) {
   const auto* cos = static_cast<const Table*>(p.cos) + row.sequence * p.cos_stride[0] + row.position * p.cos_stride[1] +
                     first * p.cos_stride[2];
   const auto* sin = static_cast<const Table*>(p.sin) + row.sequence * p.sin_stride[0] + row.position * p.sin_stride[1] +
@@ -38,24 +39,24 @@ void load_angles(const Problem& p, Row row, int64_t first, int64_t pairs, Angles
     const A c = static_cast<A>(widen(cos[i * p.cos_stride[2]]));
     const A s = sign * static_cast<A>(widen(sin[i * p.sin_stride[2]]));
     if (p.interleaved) {
-      angles->c[2 * i] = angles->c[2 * i + 1] = c;
-      angles->s[2 * i] = -s;
-      angles->s[2 * i + 1] = s;
+      angles.c[2 * i] = angles.c[2 * i + 1] = c;
+      angles.s[2 * i] = -s;
+      angles.s[2 * i + 1] = s;
     } else {
-      angles->c[i] = c;
-      angles->s[i] = s;
+      angles.c[i] = c;
+      angles.s[i] = s;
     }
   }
 }
 
 template <class A>
-void load_angles(const Problem& p, Row row, int64_t first, int64_t pairs, Angles<A>* angles) {
+void load_angles(const Problem& p, Row row, int64_t first, int64_t pairs, Angles<A> angles) {
   if (row.position < 0) {
     return;  // padding has none
   }
   if (row.position >= p.table_length) {
-    for (int64_t i = 0; i < kChunk; ++i) {
-      angles->c[i] = angles->s[i] = std::numeric_limits<A>::quiet_NaN();
+    for (int64_t i = 0; i < (p.interleaved ? 2 * pairs : pairs); ++i) {
+      angles.c[i] = angles.s[i] = std::numeric_limits<A>::quiet_NaN();
     }
     return;
   }
@@ -82,7 +83,7 @@ void put(T* p, V x) {
 
 // One head, n pairs (i, i + half) from in0 and in1 on.
 template <bool kStream, class T, class A>
-void rotate_half(const T* in0, const T* in1, T* out0, T* out1, const Angles<A>& angles, int64_t n) {
+void rotate_half(const T* in0, const T* in1, T* out0, T* out1, Angles<A> angles, int64_t n) {
   constexpr int kLanes = decltype(load(in0))::kLanes;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
@@ -101,7 +102,7 @@ void rotate_half(const T* in0, const T* in1, T* out0, T* out1, const Angles<A>& 
 
 // One head, n dimensions of pairs (2i, 2i + 1).
 template <bool kStream, class T, class A>
-void rotate_interleaved(const T* in, T* out, const Angles<A>& angles, int64_t n) {
+void rotate_interleaved(const T* in, T* out, Angles<A> angles, int64_t n) {
   constexpr int kLanes = decltype(load(in))::kLanes;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
@@ -118,7 +119,7 @@ void rotate_interleaved(const T* in, T* out, const Angles<A>& angles, int64_t n)
 // One head whose dimensions are not neighbours in memory: through buffers, so that the bits are the same.
 template <class T, class A>
 void rotate_strided(const Problem& p, const T* in, int64_t in_stride, T* out, int64_t out_stride, int64_t first,
-                    int64_t pairs, const Angles<A>& angles) {
+                    int64_t pairs, Angles<A> angles) {
   T x[kChunk] = {}, y[kChunk];
   const int64_t low = p.interleaved ? 2 * first : first, high = p.interleaved ? low + pairs : first + p.half;
   for (int64_t i = 0; i < pairs; ++i) {
@@ -150,7 +151,7 @@ void copy(const T* in, int64_t in_stride, T* out, int64_t out_stride, int64_t be
 // Pairs [first, first + pairs) of one head; with the first of them, all that passes through.
 template <bool kStream, class T>
 void rotate_head(const Problem& p, const Operand& x, const T* in, T* out, bool padding, int64_t first, int64_t pairs,
-                 const Angles<compute_t<T>>& angles) {
+                 Angles<compute_t<T>> angles) {
   const int64_t in_stride = x.in_stride[3], out_stride = x.out_stride[3];
   if (first == 0 && x.in != x.out) {
     copy(in, in_stride, out, out_stride, 0, padding ? p.head_dim : p.start);
@@ -171,18 +172,30 @@ void rotate_head(const Problem& p, const Operand& x, const T* in, T* out, bool p
   }
 }
 
+// Pairs that are rotated at a time: kChunk dimensions.
+inline int64_t pairs_at_a_time(const Problem& p) { return p.half < kChunk / 2 ? p.half : kChunk / 2; }
+
+// Room for the cosines of so many pairs, or the sines, in whole vectors.
+inline int64_t angles_per_token(const Problem& p) {
+  const int64_t pairs = pairs_at_a_time(p);
+  return ((p.interleaved ? 2 * pairs : pairs) + 15) / 16 * 16;
+}
+
 // Every head of q and k at tokens [t, t + n) of sequence b, n at most kTokens.
 template <bool kStream, class T>
-void rotate_tokens(const Problem& p, int64_t b, int64_t t, int64_t n, Angles<compute_t<T>>* angles) {
+void rotate_tokens(const Problem& p, int64_t b, int64_t t, int64_t n, compute_t<T>* storage) {
+  const int64_t width = angles_per_token(p), most = pairs_at_a_time(p);
   Row rows[kTokens];
+  Angles<compute_t<T>> angles[kTokens];
   for (int64_t r = 0; r < n; ++r) {
     rows[r] = locate(p, b, t + r);
+    angles[r] = {storage + 2 * r * width, storage + (2 * r + 1) * width};
   }
   int64_t first = 0;
   do {
-    const int64_t pairs = p.half - first < kChunk / 2 ? p.half - first : kChunk / 2;
+    const int64_t pairs = p.half - first < most ? p.half - first : most;
     for (int64_t r = 0; r < n; ++r) {
-      load_angles(p, rows[r], first, pairs, angles + r);
+      load_angles(p, rows[r], first, pairs, angles[r]);
     }
     for (int i = 0; i < p.num_operands; ++i) {
       const Operand& x = p.x[i];
@@ -207,7 +220,7 @@ void rotate_tokens(const Problem& p, int64_t b, int64_t t, int64_t n, Angles<com
         }
       }
     }
-    first += kChunk / 2;
+    first += pairs;
   } while (first < p.half);
 }
 
@@ -233,11 +246,13 @@ bool can_stream(const Problem& p) {
 
 template <bool kStream, class T>
 void rotate_rows(const Problem& p, int64_t begin, int64_t end) {
-  Angles<compute_t<T>> angles[kTokens];
+  alignas(64) compute_t<T> angles[kAngles];
+  const int64_t fit = kAngles / (2 * (angles_per_token(p) + 1));
+  const int64_t block = fit < 1 ? 1 : fit < kTokens ? fit : kTokens;
   for (int64_t row = begin, n; row < end; row += n) {
     const int64_t b = row / p.length, t = row % p.length;
     const int64_t left = p.length - t < end - row ? p.length - t : end - row;
-    n = left < kTokens ? left : kTokens;
+    n = left < block ? left : block;
     rotate_tokens<kStream, T>(p, b, t, n, angles);
   }
   if (kStream) {
