@@ -34,11 +34,10 @@ def _tensors(result: Any) -> list[Tensor]:
 def _errors(spec: OpSpec, case: str, dtype: torch.dtype, device: str, backend: str) -> tuple[float, float]:
     """Largest error and the budget, both in roundings of the largest value."""
     call = spec.call(case, dtype, device)
-    as_dtype = lambda d: call | {n: call[n].to(d) for n in spec.differentiable if call.get(n) is not None}  # noqa: E731
     eager_dtype = torch.float32 if dtype == torch.float64 else dtype
     outs = _tensors(spec.function(**call, backend=backend))
-    exact = _tensors(spec.reference(**as_dtype(torch.float64)))
-    eager = _tensors(spec.reference(**as_dtype(eager_dtype)))
+    exact = _tensors(spec.reference(**spec.cast(call, torch.float64)))
+    eager = _tensors(spec.reference(**spec.cast(call, eager_dtype)))
     scale = torch.finfo(dtype).eps / torch.finfo(eager_dtype).eps
     worst, allowed = 0.0, 0.0
     for y, e, g in zip(outs, exact, eager, strict=True):

@@ -27,8 +27,10 @@ def machine_code() -> list[MachineCode]:
     result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     rows = json.loads(result.stdout)
-    by_width = lambda row, key: {int(width): count for width, count in row[key].items()}  # noqa: E731
-    return [MachineCode(**row | {key: by_width(row, key) for key in ("loads", "stores")}) for row in rows]
+    for row in rows:  # JSON's keys are strings
+        for key in ("loads", "stores"):
+            row[key] = {int(width): count for width, count in row[key].items()}
+    return [MachineCode(**row) for row in rows]
 
 
 @pytest.mark.slow

@@ -58,10 +58,8 @@ def gradients(spec: OpSpec, function: Any, call: Call, weights: list[Tensor], **
 
 def exact_and_eager(spec: OpSpec, call: Call, dtype: torch.dtype, compute: Any) -> list[tuple[Tensor, Tensor]]:
     """compute(call) in float64, and in the dtype under test (float32 for float64)."""
-    differing = [n for n in spec.differentiable if call.get(n) is not None]
-    as_dtype = lambda d: call | {n: call[n].to(d) for n in differing}  # noqa: E731
     eager = torch.float32 if dtype == torch.float64 else dtype
-    return list(zip(compute(as_dtype(torch.float64)), compute(as_dtype(eager)), strict=True))
+    return list(zip(compute(spec.cast(call, torch.float64)), compute(spec.cast(call, eager)), strict=True))
 
 
 @pytest.mark.parametrize("spec", specs())

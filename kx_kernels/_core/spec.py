@@ -53,6 +53,10 @@ class OpSpec:
     def call(self, case: str, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> Call:
         return self.make(self.cases[case], dtype, torch.device(device), seed)
 
+    def cast(self, call: Call, dtype: torch.dtype) -> Call:
+        """The same call with its differentiable arguments in another dtype."""
+        return call | {n: call[n].to(dtype) for n in self.differentiable if call.get(n) is not None}
+
 
 def all_specs() -> list[OpSpec]:
     """The spec of every operator: each folder of kx_kernels/ops has one."""

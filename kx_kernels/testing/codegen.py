@@ -24,6 +24,7 @@ from unittest import mock
 from .._core import native
 from .._core.spec import OpSpec, all_specs
 
+TENSOR_CORE = ("HMMA", "IMMA", "DMMA", "HGMMA", "UTCHMMA", "UTCQMMA")  # opcodes
 ARCHITECTURES = {"sm_80": 80, "sm_90a": 90, "sm_100a": 100}  # -> Triton's name of the target
 
 
@@ -90,11 +91,13 @@ def disassemble(file: str, op: str, backend: str, variant: str, architecture: st
     for name, body in bodies.items():
         numbers = {key: int(value) for key, value in re.findall(r"(\w+)(?:\[0\])?:(\d+)", usage[name])}
         opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", body, re.MULTILINE))
-        of = lambda *kinds: {o: n for o, n in opcodes.items() if o.split(".")[0] in kinds}  # noqa: E731, B023
-        widths = [Counter[int](), Counter[int]()]
-        for counter, kind in zip(widths, ("LDG", "STG"), strict=True):
-            for opcode, count in of(kind).items():
-                counter[_width(opcode)] += count
+        widths = {"LDG": Counter[int](), "STG": Counter[int]()}
+        kinds = Counter[str]()
+        for opcode, count in opcodes.items():
+            kind = opcode.split(".")[0]
+            kinds[kind] += count
+            if kind in widths:
+                widths[kind][_width(opcode)] += count
         found.append(
             MachineCode(
                 op=op or _namespace(name),
@@ -103,11 +106,11 @@ def disassemble(file: str, op: str, backend: str, variant: str, architecture: st
                 architecture=architecture,
                 registers=numbers["REG"],
                 stack=numbers["STACK"],
-                local=sum(of("LDL", "STL").values()),
+                local=kinds["LDL"] + kinds["STL"],
                 shared=numbers["SHARED"],
-                loads=dict(sorted(widths[0].items())),
-                stores=dict(sorted(widths[1].items())),
-                tensor_core=sum(of("HMMA", "IMMA", "DMMA", "HGMMA", "UTCHMMA", "UTCQMMA").values()),
+                loads=dict(sorted(widths["LDG"].items())),
+                stores=dict(sorted(widths["STG"].items())),
+                tensor_core=sum(kinds[kind] for kind in TENSOR_CORE),
             )
         )
     return found
