@@ -1,4 +1,4 @@
-"""The C++ tests: the emulation, and CUDA kernels on it under AddressSanitizer and UBSan, with planted faults."""
+"""The C++ tests: the emulation, and CUDA kernels on it under AddressSanitizer, UBSan and the race checker."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.skipif(
     not all(map(shutil.which, ("cmake", "ninja", "ctest", "c++"))), reason="needs cmake, ninja and a C++ compiler"
 )
-@pytest.mark.parametrize("preset", ["asan"])
+@pytest.mark.parametrize("preset", ["asan", "tsan"])
 def test_ctest(preset: str) -> None:
     for command in (
         ["cmake", "--preset", preset],

@@ -40,4 +40,33 @@ __device__ inline T narrow(decltype(widen(T{})) x) {
   }
 }
 
+// Two neighbours as tensor cores take them: `low` in the lower half.
+template <class T>
+__device__ inline uint32_t pack(float low, float high) {
+  static_assert(std::is_same_v<T, bfloat16> || std::is_same_v<T, float16>, "16-bit elements");
+#ifdef KX_EMULATION
+  return narrow<T>(low).bits | static_cast<uint32_t>(narrow<T>(high).bits) << 16;
+#else
+  uint32_t both = 0;
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  }
+  return both;
+#endif
+}
+
+// float32 rounded to the 10 bits of fraction that tensor cores use, ties away from zero.
+__device__ inline uint32_t to_tf32(float x) {
+#ifdef KX_EMULATION
+  const uint32_t u = bits_of(x);
+  return (u & 0x7f800000u) == 0x7f800000u ? u & 0xffffe000u : (u + 0x1000u) & 0xffffe000u;
+#else
+  uint32_t u = 0;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(u) : "f"(x));
+  return u;
+#endif
+}
+
 }  // namespace kx

@@ -6,6 +6,24 @@
 
 #ifdef KX_EMULATION
 #include "../emulation/device.h"
+// The last parameter of a primitive: the line that calls it, for messages.
+#define KX_CALLER , ::kx::emulation::Location here = {}
+#define KX_ONLY_CALLER ::kx::emulation::Location here = {}
+#else
+#define KX_CALLER
+#define KX_ONLY_CALLER
+#endif
+
+// Code that only the machines of one generation understand: it compiles for others, and stops there if it is reached.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define KX_SM90 1
+#else
+#define KX_SM90 0
+#endif
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define KX_SM90A 1
+#else
+#define KX_SM90A 0
 #endif
 
 namespace kx {
@@ -21,6 +39,50 @@ __device__ inline float mul_rn(float a, float b) { return __fmul_rn(a, b); }
 __device__ inline double mul_rn(double a, double b) { return __dmul_rn(a, b); }
 __device__ inline float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ inline double fma_rn(double a, double b, double c) { return __fma_rn(a, b, c); }
+
+// A pointer into shared memory as the 32-bit number that PTX takes.
+__device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 #endif
+
+// One lane of those in `mask`, the same for everyone who asks: for what one thread of a warp does. All lanes of `mask`
+// call it together.
+__device__ inline bool elect_one(uint32_t mask = 0xffffffffu KX_CALLER) {
+#ifdef KX_EMULATION
+  return emulation::elect_lane(mask, here);
+#elif KX_SM90
+  uint32_t elected = 0;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "elect.sync _|p, %1;\n"
+      "selp.b32 %0, 1, 0, p;\n"
+      "}"
+      : "=r"(elected)
+      : "r"(mask));
+  return elected != 0;
+#else
+  return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32 == __ffs(mask) - 1u;
+#endif
+}
+
+// Gives registers back to the block's other warpgroups, or takes them: N per thread from here on, a multiple of 8.
+// Every thread of a warpgroup calls it. Machines without it go on as they are.
+template <int N>
+__device__ inline void release_registers(KX_ONLY_CALLER) {
+#ifdef KX_EMULATION
+  emulation::set_max_registers(N, here);
+#elif KX_SM90A
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+#endif
+}
+
+template <int N>
+__device__ inline void claim_registers(KX_ONLY_CALLER) {
+#ifdef KX_EMULATION
+  emulation::set_max_registers(N, here);
+#elif KX_SM90A
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+#endif
+}
 
 }  // namespace kx

@@ -11,6 +11,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 namespace kx {
 
@@ -45,14 +46,30 @@ class DeviceGuard {
   bool switched_ = false;
 };
 
+struct Launch {
+  dim3 grid, block;
+  size_t shared_bytes = 0;
+  Stream stream = nullptr;
+  dim3 cluster{};  // blocks that run together and reach each other's shared memory; more than one needs sm_90
+};
+
 template <class... Parameters>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
-            Parameters... arguments) {
+void launch(void (*kernel)(Parameters...), const Launch& how, std::remove_const_t<Parameters>... arguments) {
+  if (how.shared_bytes > 48 * 1024) {
+    check_cuda(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(how.shared_bytes)),
+        "a kernel's shared memory");
+  }
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {how.cluster.x, how.cluster.y, how.cluster.z};
   cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
+  config.gridDim = how.grid;
+  config.blockDim = how.block;
+  config.dynamicSmemBytes = how.shared_bytes;
+  config.stream = how.stream;
+  config.attrs = &cluster;
+  config.numAttrs = how.cluster.x * how.cluster.y * how.cluster.z > 1 ? 1 : 0;
   check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), "kernel launch");
 }
 

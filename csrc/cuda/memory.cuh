@@ -37,9 +37,9 @@ struct Word<2> {
 
 // Reads data that is not read again soon: it is the first to leave the caches.
 template <int N, class T>
-__device__ inline Vector<T, N> load_once(const T* p) {
+__device__ inline Vector<T, N> load_once(const T* p KX_CALLER) {
 #ifdef KX_EMULATION
-  emulation::check_access(p, sizeof(Vector<T, N>), "load");
+  emulation::check_aligned(p, sizeof(Vector<T, N>), "load", here);
   return *reinterpret_cast<const Vector<T, N>*>(p);
 #else
   using Word = typename detail::Word<N * sizeof(T)>::type;
@@ -50,9 +50,9 @@ __device__ inline Vector<T, N> load_once(const T* p) {
 
 // Reads data that other threads read as well and that nobody writes while the kernel runs.
 template <int N, class T>
-__device__ inline Vector<T, N> load_shared_by_many(const T* p) {
+__device__ inline Vector<T, N> load_shared_by_many(const T* p KX_CALLER) {
 #ifdef KX_EMULATION
-  return load_once<N>(p);
+  return load_once<N>(p, here);
 #else
   using Word = typename detail::Word<N * sizeof(T)>::type;
   const Word word = __ldg(reinterpret_cast<const Word*>(p));
@@ -61,9 +61,9 @@ __device__ inline Vector<T, N> load_shared_by_many(const T* p) {
 }
 
 template <int N, class T>
-__device__ inline void store(T* p, const Vector<T, N>& v) {
+__device__ inline void store(T* p, const Vector<T, N>& v KX_CALLER) {
 #ifdef KX_EMULATION
-  emulation::check_access(p, sizeof v, "store");
+  emulation::check_aligned(p, sizeof v, "store", here);
 #endif
   *reinterpret_cast<Vector<T, N>*>(p) = v;
 }

@@ -1,111 +1,216 @@
-// A thread block on a CPU: its threads are fibers, and a scheduler runs one until it has to wait for others.
+// Thread blocks on a CPU: their threads are fibers, and a thread runs until it has to wait for others.
 #pragma once
 
-#include <ucontext.h>
-
+#include <array>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <exception>
 #include <functional>
 #include <memory>
 #include <random>
-#include <stdexcept>
 #include <string>
+#include <unordered_map>
 #include <vector>
+
+#include "checker.h"
+#include "clock.h"
+#include "fault.h"
+#include "fiber.h"
 
 namespace kx::emulation {
 
 struct Dim3 {
   unsigned x = 1, y = 1, z = 1;
   constexpr Dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+  constexpr unsigned count() const { return x * y * z; }
+  std::string text() const;
 };
 
-// What a kernel did that a GPU does not allow, or leaves undefined.
-class Fault : public std::runtime_error {
- public:
-  using std::runtime_error::runtime_error;
+constexpr unsigned kWarp = 32, kWarpgroup = 128, kBarriers = 16;
+
+class Block;
+class Cluster;
+struct AsyncState;     // of a thread: its asynchronous copies, see async.h
+struct TransferState;  // of a block: its mbarriers
+
+// What a thread can wait for.
+struct Waitable {
+  virtual std::string describe() const = 0;
+
+ protected:
+  ~Waitable() = default;
 };
 
-// A place in a kernel's source.
-struct Location {
-  const char* file = "";
-  int line = 0;
+struct Thread {
+  Block* block = nullptr;
+  unsigned number = 0;  // in its cluster; also the agent of its clock
+  unsigned index = 0;   // in its block
+  Dim3 place;           // threadIdx
+
+  enum class State : uint8_t { kNew, kReady, kWaiting, kDone } state = State::kNew;
+  Fiber* fiber = nullptr;  // once it runs
+  int64_t priority = 0;    // of its warp, where the schedule goes by it
+  const Waitable* waits_for = nullptr;
+  Location where;  // it waits
+
+  // What it brought to the place where its warp or warpgroup meets.
+  uint32_t mask = 0;
+  const char* operation = nullptr;
+  void* argument = nullptr;
+
+  Knowledge knowledge;
+  std::unique_ptr<AsyncState> async;
+
+  Thread();
+  ~Thread();
+  Thread(Thread&&) noexcept;
+  unsigned lane() const { return index % kWarp; }
+  unsigned warp() const { return index / kWarp; }
+  std::string name() const;
 };
 
-constexpr unsigned kWarp = 32;
+// The lanes of a warp that have arrived where some or all of them meet.
+struct Warp : Waitable {
+  uint32_t arrived = 0;
+  std::string describe() const override { return "their warp"; }
+};
+
+struct Warpgroup : Waitable {
+  unsigned arrived = 0;
+  std::string describe() const override { return "their warpgroup"; }
+};
+
+// One of a block's 16 barriers. Number 0 is __syncthreads'.
+struct Barrier : Waitable {
+  unsigned number = 0, expected = 0, arrived = 0;
+  std::vector<Thread*> waiting;
+  Knowledge released;
+  std::string describe() const override;
+};
 
 class Block {
  public:
-  // Order in which threads run: seed 0 is by index, any other seed draws it.
-  Block(Dim3 grid, Dim3 index, Dim3 size, size_t shared_bytes, uint64_t seed);
+  Block(Cluster& cluster, Dim3 index, unsigned rank, unsigned first_thread, size_t shared_bytes);
   ~Block();
-  Block(const Block&) = delete;
-  Block& operator=(const Block&) = delete;
+  Block(Block&&) noexcept;
+
+  Cluster* cluster;
+  Dim3 index;     // blockIdx
+  unsigned rank;  // in its cluster
+  std::vector<Warp> warps;
+  std::vector<Warpgroup> warpgroups;
+  Barrier barriers[kBarriers];
+  std::unique_ptr<TransferState> transfers;
+
+  char* shared() const { return shared_; }
+  size_t shared_bytes() const { return shared_bytes_; }
+  bool owns(const void* address, size_t bytes) const;  // all of it is this block's shared memory
+
+ private:
+  std::unique_ptr<char, void (*)(char*)> memory_;
+  char* shared_;
+  size_t shared_bytes_;
+};
+
+// When asynchronous operations take place: at once, as late as the rules allow, or at any moment between.
+enum class Timing { kEarly, kLate, kRandom };
+
+// Blocks that run at the same time: one, unless a launch asks for more.
+class Cluster {
+ public:
+  // `seed` chooses the order in which threads run and when asynchronous operations take place: 0 is by index and at
+  // once, others draw it.
+  Cluster(Dim3 grid, Dim3 first, Dim3 shape, Dim3 block_size, size_t shared_bytes, uint64_t seed, Checker& checker);
+  ~Cluster();
+  Cluster(const Cluster&) = delete;
+  Cluster& operator=(const Cluster&) = delete;
 
   // Runs `body` once for every thread. Throws what a thread throws, or Fault where threads wait for ever.
   void run(const std::function<void()>& body);
 
-  static Block& current();
+  const Dim3 grid, shape, block_size;
+  Checker& checker;
+  std::vector<Block> blocks;
+  std::vector<Thread> threads;
 
-  const Dim3 grid, index, size;
-  Dim3 thread_index() const;
-  unsigned lane() const { return thread_ % kWarp; }
+  // The running thread waits until it is woken.
+  void wait(const Waitable& what, Location here);
+  void wake(Thread& thread);
+  void yield();  // the others go first
 
-  // Waits until every thread of the block is here.
-  void sync_threads(Location here);
-  // Waits until the lanes of `mask` in this warp are here.
-  void sync_warp(uint32_t mask, Location here);
-  // This lane shows `value`, and gets what lane `source(lane)` of its warp shows; all lanes of `mask` take part.
-  uint64_t exchange(uint32_t mask, uint64_t value, unsigned source, Location here);
-  // The values that the lanes of `mask` show, zero for the others.
-  const uint64_t* gather(uint32_t mask, uint64_t value, Location here);
+  // What the running thread knows goes to others, or what they released becomes known to it.
+  void release(Knowledge& into);
+  void acquire(const Knowledge& from);
+  unsigned new_agent() { return next_agent_++; }
 
-  // The block's shared memory: as many bytes as the launch gave, aligned to 1024.
-  void* shared(size_t bytes);
+  Timing timing() const { return timing_; }
+  uint64_t random(uint64_t choices) { return random_() % choices; }
+  // An asynchronous operation that takes place in its own time.
+  void later(std::function<void()> operation);
+
+  void abandon(std::exception_ptr error);  // ends the launch from a place that cannot throw
+
+  struct Barrier;
+  Barrier& barrier() { return *barrier_; }
+  bool has_ended(const Block& block) const;
 
  private:
-  enum class State { kNew, kReady, kWaiting, kDone };
-  enum class Wait { kThreads, kWarp };
-
-  struct Thread {
-    State state = State::kNew;
-    ucontext_t context;
-    std::unique_ptr<char[]> stack;
-    Wait wait = Wait::kThreads;
-    uint32_t mask = 0;  // lanes waited for
-    Location where;
-    void* sanitizer_stack = nullptr;  // AddressSanitizer's record of this fiber
-  };
-
   static void enter();
-  void work();      // a fiber: runs new threads until one of them waits
-  void schedule();  // runs threads until all are done
-  void yield();     // from a thread to the scheduler
-  void wait_here(Wait wait, uint32_t mask, Location here);
-  bool all_wait_alike(unsigned first, unsigned last, uint32_t mask, Wait wait) const;
+  void work();
+  void resume(Thread& next);
+  Thread* pick();
+  void complete_one();
   std::string waiting_threads() const;
-  std::string name_of_thread(unsigned thread) const;
-  unsigned num_threads() const { return static_cast<unsigned>(threads_.size()); }
 
+  std::unique_ptr<Barrier> barrier_;
   const std::function<void()>* body_ = nullptr;
-  std::vector<Thread> threads_;
-  std::vector<unsigned> order_;  // of threads that have not started
-  size_t started_ = 0;
-  unsigned thread_ = 0;  // the one that runs
-  ucontext_t scheduler_;
-  std::vector<std::unique_ptr<char[]>> spare_stacks_;
-  std::unique_ptr<char[]> stack_;  // of the fiber that is running new threads
-  std::vector<uint64_t> shown_;    // by exchange and gather, one per thread
-  std::unique_ptr<void, void (*)(void*)> shared_;
-  const size_t shared_bytes_;
+  std::deque<Thread*> ready_;
+  std::vector<std::function<void()>> pending_;
+  Fiber host_;
+  std::vector<std::unique_ptr<Fiber>> fibers_;
+  std::vector<Fiber*> spare_;
+  Fiber* left_ = nullptr;  // the fiber that started the one that begins
+  unsigned next_agent_ = 0;
+  int64_t lowest_priority_ = 0;
   std::mt19937_64 random_;
   const uint64_t seed_;
+  Timing timing_ = Timing::kEarly;
   std::exception_ptr error_;
-  const void* scheduler_stack_ = nullptr;
-  size_t scheduler_stack_size_ = 0;
 };
 
-// The seed of the launches that follow, see Block.
+// The running thread.
+Thread& self();
+inline Cluster& cluster() { return *self().block->cluster; }
+
+// While a runtime function works, loads and stores are not the kernel's.
+class Runtime {
+ public:
+  Runtime() noexcept;
+  ~Runtime();
+
+ private:
+  [[maybe_unused]] bool before_;
+};
+bool in_kernel();  // the code that runs now is the kernel's
+
+// Threads of a warp that execute one instruction together. The last to arrive runs `together` with what each lane
+// brought; lanes outside `mask` have null.
+using Together = void (*)(void* const* arguments);
+void meet_warp(uint32_t mask, const char* operation, void* argument, Together together, Location here);
+void meet_warpgroup(const char* operation, void* argument, Together together, Location here);
+
+void sync_warp(uint32_t mask, Location here);
+// Barrier `number` opens when `threads` threads have arrived; a thread waits there, or only arrives. 0 threads: all.
+void sync_block(unsigned number, unsigned threads, bool wait, Location here);
+void arrive_cluster(Location here);
+void wait_cluster(Location here);
+
+void* block_shared_memory(size_t bytes);
+// The same place in the shared memory of another block of the cluster.
+void* peer_memory(const void* own, unsigned rank, Location here);
+
+// The seed of the launches that follow, see Cluster.
 void set_seed(uint64_t seed);
 uint64_t seed();
 

@@ -1,7 +1,7 @@
-// The emulation itself: what a GPU computes it computes, and what a GPU does not allow it reports.
+// The emulation itself: what a GPU does not allow it reports, and its sums are those of the hardware.
 #include "test.h"
 
-#include <numeric>
+#include <cmath>
 #include <vector>
 
 #include "../cuda/convert.cuh"
@@ -11,85 +11,9 @@
 namespace kx::emulation {
 namespace {
 
-constexpr unsigned kAll = 0xffffffffu;
-
 struct Sums {
   float of_warp[8];
 };
-
-// out[block] = the sum of the block's 256 elements: shuffles within warps, shared memory between them.
-__global__ void sum_kernel(const float* in, float* out) {
-  Sums& sums = shared_memory<Sums>();
-  float x = in[blockIdx.x * blockDim.x + threadIdx.x];
-  for (int step = 16; step > 0; step /= 2) {
-    x += __shfl_xor_sync(kAll, x, step);
-  }
-  if (threadIdx.x % 32 == 0) {
-    sums.of_warp[threadIdx.x / 32] = x;
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    out[blockIdx.x] = std::accumulate(sums.of_warp, sums.of_warp + 8, 0.0f);
-  }
-}
-
-void test_sum() {
-  std::vector<float> in(3 * 256), out(3);
-  std::iota(in.begin(), in.end(), 0.0f);
-  for (uint64_t schedule = 0; schedule < 20; ++schedule) {
-    set_seed(schedule);
-    launch(sum_kernel, 3, 256, sizeof(Sums), 0, in.data(), out.data());
-    for (int i = 0; i < 3; ++i) {
-      KX_EXPECT(out[i] == 256.0f * (256 * i) + 255 * 128);
-    }
-  }
-  set_seed(0);
-}
-
-__global__ void lanes_kernel(int* out) {
-  const int lane = threadIdx.x % 32;
-  int* mine = out + 8 * threadIdx.x;
-  mine[0] = __shfl_sync(kAll, lane, 5);
-  mine[1] = __shfl_sync(kAll, lane, 3, 8);
-  mine[2] = __shfl_up_sync(kAll, lane, 2);
-  mine[3] = __shfl_down_sync(kAll, lane, 2, 8);
-  mine[4] = __shfl_xor_sync(kAll, lane, 7);
-  mine[5] = static_cast<int>(__ballot_sync(kAll, lane % 2 == 0));
-  mine[6] = __any_sync(kAll, lane == 31) && !__all_sync(kAll, lane < 31);
-  __syncwarp();
-  mine[7] = lane < 16 ? __shfl_sync(0xffffu, lane, 15) : __shfl_sync(0xffff0000u, lane, 16);
-}
-
-void test_lanes() {
-  std::vector<int> out(8 * 64);
-  launch(lanes_kernel, 1, 64, 0, 0, out.data());
-  for (int t = 0; t < 64; ++t) {
-    const int lane = t % 32;
-    const int* mine = out.data() + 8 * t;
-    KX_EXPECT(mine[0] == 5);
-    KX_EXPECT(mine[1] == lane / 8 * 8 + 3);
-    KX_EXPECT(mine[2] == (lane < 2 ? lane : lane - 2));
-    KX_EXPECT(mine[3] == (lane % 8 < 6 ? lane + 2 : lane));
-    KX_EXPECT(mine[4] == (lane ^ 7));
-    KX_EXPECT(mine[5] == 0x55555555);
-    KX_EXPECT(mine[6] == 1);
-    KX_EXPECT(mine[7] == (lane < 16 ? 15 : 16));
-  }
-}
-
-__global__ void indices_kernel(unsigned* out) {
-  const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
-  const unsigned thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
-  out[block * blockDim.x * blockDim.y * blockDim.z + thread] += block + 1;
-}
-
-void test_every_index_once() {
-  std::vector<unsigned> out(2 * 3 * 4 * 5 * 6 * 7);
-  launch(indices_kernel, dim3(2, 3, 4), dim3(5, 6, 7), 0, 0, out.data());
-  for (size_t i = 0; i < out.size(); ++i) {
-    KX_EXPECT(out[i] == i / 210 + 1);
-  }
-}
 
 // Planted faults.
 
@@ -145,7 +69,7 @@ bool broadcasts() {
   std::vector<float> out(64);
   for (uint64_t schedule = 0; schedule < 20; ++schedule) {
     set_seed(schedule);
-    launch(broadcast_kernel<kBarrier>, 1, 64, sizeof(Sums), 0, out.data());
+    launch(broadcast_kernel<kBarrier>, {1, 64, sizeof(Sums)}, out.data());
     for (const float x : out) {
       if (x != 1) {
         return false;
@@ -159,44 +83,57 @@ bool broadcasts() {
 void test_faults() {
   std::vector<int> ints(32);
   std::vector<float> floats(16);
-  expect_fault([] { launch(late_thread_kernel, 1, 64, 0, 0); },
+  expect_fault([] { launch(late_thread_kernel, {1, 64}); },
                {"deadlock in block (0, 0, 0)", "threads 0 to 6 wait for the block at",
                 "emulation_test.cpp:", "threads 7 to 7 have returned"});
-  expect_fault([] { launch(two_barriers_kernel, 1, 64, 0, 0); },
-               {"different __syncthreads", "thread 0 of block", "thread 63 of block"});
-  expect_fault([] { launch(lost_lane_kernel, 1, 32, 0, 0); }, {"wait for their warp at", "have returned"});
-  expect_fault([&] { launch(foreign_lane_kernel, 1, 32, 0, 0, ints.data()); }, {"reads lane 20, which is not in the"});
-  expect_fault([] { launch(masks_differ_kernel, 1, 32, 0, 0); }, {"lanes of one warp meet with different masks at"});
-  expect_fault([] { launch(absent_from_mask_kernel, 1, 32, 0, 0); }, {"is not in the mask that it names"});
-  expect_fault([&] { launch(misaligned_kernel, 1, 1, 0, 0, static_cast<const float*>(floats.data()), floats.data()); },
-               {"misaligned load of 16 bytes"});
-  expect_fault([&] { launch(shared_kernel, 1, 1, 4, 0, floats.data()); }, {"wants 32 bytes", "the launch gave 4"});
-  expect_fault([&] { launch(shared_kernel, 1, 2048, 32, 0, floats.data()); }, {"1 to 1024 threads"});
-  expect_fault([&] { launch(shared_kernel, dim3(1, 65536), 1, 32, 0, floats.data()); }, {"65535 along y and z"});
+  expect_fault([] { launch(two_barriers_kernel, {1, 64}); },
+               {"different __syncthreads", "thread 0 of block", "thread 32 of block"});
+  expect_fault([] { launch(lost_lane_kernel, {1, 32}); }, {"wait for their warp at", "have returned"});
+  expect_fault([&] { launch(foreign_lane_kernel, {1, 32}, ints.data()); }, {"reads lane 20, which is not in the"});
+  expect_fault([] { launch(masks_differ_kernel, {1, 32}); }, {"lanes of one warp meet with different masks at"});
+  expect_fault([] { launch(absent_from_mask_kernel, {1, 32}); }, {"is not in the mask that it names"});
+  expect_fault([&] { launch(misaligned_kernel, {1, 1}, static_cast<const float*>(floats.data()), floats.data()); },
+               {"misaligned load at", "multiple of 16 bytes"});
+  expect_fault([&] { launch(shared_kernel, {1, 1, 4}, floats.data()); }, {"wants 32 bytes", "the launch gave 4"});
+  expect_fault([&] { launch(shared_kernel, {1, 2048, 32}, floats.data()); }, {"1 to 1024 threads"});
+  expect_fault([&] { launch(shared_kernel, {dim3(1, 65536), 1, 32}, floats.data()); }, {"65535 along y and z"});
   KX_EXPECT(broadcasts<true>());
-  KX_EXPECT(!broadcasts<false>());
+  KX_EXPECT(kInstrumented || !broadcasts<false>());  // instrumented, it is a Fault: see race_test.cpp
 }
 
 void test_shared_memory_starts_as_nan() {
   float x = 0;
-  launch(shared_kernel, 1, 1, sizeof(Sums), 0, &x);
+  launch(shared_kernel, {1, 1, sizeof(Sums)}, &x);
   KX_EXPECT(std::isnan(x));
 }
 
-// Conversions: every 16-bit pattern comes back, and halves round to even.
-void test_conversions() {
-  for (unsigned u = 0; u < 65536; ++u) {
-    const auto pattern = static_cast<uint16_t>(u);
-    const float b = widen(bfloat16{pattern}), h = widen(float16{pattern});
-    KX_EXPECT(std::isnan(b) ? std::isnan(widen(narrow<bfloat16>(b))) : narrow<bfloat16>(b).bits == pattern);
-    KX_EXPECT(std::isnan(h) ? std::isnan(widen(narrow<float16>(h))) : narrow<float16>(h).bits == pattern);
-  }
-  KX_EXPECT(narrow<bfloat16>(1.0f + 0x1p-8f).bits == narrow<bfloat16>(1.0f).bits);
-  KX_EXPECT(narrow<bfloat16>(1.0f + 3 * 0x1p-8f).bits == narrow<bfloat16>(1.0f + 0x1p-6f).bits);
-  KX_EXPECT(narrow<float16>(1.0f + 0x1p-11f).bits == narrow<float16>(1.0f).bits);
-  KX_EXPECT(narrow<float16>(65520.0f).bits == 0x7c00);
-  KX_EXPECT(narrow<float16>(0x1p-25f).bits == 0);
-  KX_EXPECT(narrow<float16>(0x1.8p-24f).bits == 2);
+// The sums of tensor cores, as papers found them by experiment: terms are cut towards zero before they are added.
+void test_sums_of_products() {
+  const auto sum = [](const Summation& how, float c, std::vector<float> a, std::vector<float> b) {
+    std::vector<uint32_t> x, y;
+    for (size_t i = 0; i < a.size(); ++i) {
+      x.push_back(to_bfloat16(a[i]).bits);
+      y.push_back(to_bfloat16(b[i]).bits);
+    }
+    return sum_of_products(Element::kBFloat16, how, c, x.data(), y.data(), static_cast<int>(a.size()));
+  };
+  KX_EXPECT(sum(kAmpere, 1, {0x1p-24f}, {1}) == 1);                                         // cut to float32 at the end
+  KX_EXPECT(sum(kAmpere, 1, {0x1p-24f, 0x1p-24f}, {1, 1}) == 1 + 0x1p-23f);                 // kept until then
+  KX_EXPECT(sum(kAmpere, 1, {0x1p-25f, 0x1p-25f, 0x1p-25f, 0x1p-25f}, {1, 1, 1, 1}) == 1);  // each cut to nothing
+  KX_EXPECT(sum(kHopper, 1, {0x1p-25f, 0x1p-25f, 0x1p-25f, 0x1p-25f}, {1, 1, 1, 1}) == 1 + 0x1p-23f);
+  KX_EXPECT(sum(kAmpere, 1, {-0x1p-24f}, {1}) == 1 - 0x1p-24f);
+  KX_EXPECT(sum(kAmpere, -1, {0x1p-25f}, {1}) == -1);
+  KX_EXPECT(sum(kAmpere, 0, {3, -2}, {0.5f, 1.5f}) == -1.5f);
+  // Groups of 8: the ninth product is added to what the first eight gave.
+  const std::vector<float> ones(9, 1);
+  std::vector<float> last(9, 0);
+  last[0] = 1;
+  last[8] = 0x1p-24f;
+  KX_EXPECT(sum(kAmpere, 0, last, ones) == 1);
+  KX_EXPECT(sum(kAmpere, 0, {0x1p-133f}, {0x1p-7f}) == 0x1p-140f);  // subnormals count
+  KX_EXPECT(std::isinf(sum(kAmpere, 1, {INFINITY}, {1})));
+  KX_EXPECT(kx::bits_of(sum(kAmpere, 1, {INFINITY}, {0})) == 0x7fffffffu);
+  KX_EXPECT(std::isinf(sum(kAmpere, 0, {0x1p127f, 0x1p127f}, {1, 1})));
 }
 
 // Accesses that AddressSanitizer has to stop.
@@ -206,9 +143,9 @@ __global__ void past_global_memory_kernel(const float* in, float* out) { *out = 
 void overrun(const std::string& what) {
   std::vector<float> floats(16);
   if (what == "shared") {
-    launch(past_shared_memory_kernel, 1, 1, sizeof(float), 0, floats.data());
+    launch(past_shared_memory_kernel, {1, 1, sizeof(float)}, floats.data());
   } else if (what == "global") {
-    launch(past_global_memory_kernel, 1, 1, 0, 0, static_cast<const float*>(floats.data()), floats.data());
+    launch(past_global_memory_kernel, {1, 1}, static_cast<const float*>(floats.data()), floats.data());
   }
 }
 
@@ -221,11 +158,10 @@ int main(int argc, char** argv) {
     overrun(argv[1]);
     return 0;
   }
-  test_sum();
-  test_lanes();
-  test_every_index_once();
   test_faults();
-  test_shared_memory_starts_as_nan();
-  test_conversions();
+  if (!kInstrumented) {  // where it is, that read is a Fault
+    test_shared_memory_starts_as_nan();
+  }
+  test_sums_of_products();
   std::puts("the emulation does what a GPU does");
 }

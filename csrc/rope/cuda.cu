@@ -50,9 +50,8 @@ void launch_kernel(const Problem& p, Stream stream) {
   const unsigned fitting = kThreads / x;
   const unsigned y = static_cast<unsigned>(p.length < fitting ? p.length : fitting);
   const auto grid_limit = [](int64_t n) { return static_cast<unsigned>(n < 65535 ? n : 65535); };
-  launch(rope_kernel<T, W, kPairs>,
-         dim3(static_cast<unsigned>(groups), grid_limit(ceil_div(p.length, y)), grid_limit(p.batch)), dim3(x, y), 0,
-         stream, plan);
+  const dim3 grid(static_cast<unsigned>(groups), grid_limit(ceil_div(p.length, y)), grid_limit(p.batch));
+  launch(rope_kernel<T, W, kPairs>, {grid, dim3(x, y), 0, stream}, plan);
 }
 
 // Vectors of 16 bytes, else of 4, else elements one by one.
