@@ -156,6 +156,25 @@ __global__ void sum_kernel(const float* in, float* out) {
   }
 }
 
+// The same with an object that the kernel declares.
+__global__ void static_sum_kernel(const float* in, float* out) {
+  Sums& sums = static_shared_memory<Sums>();
+  if (threadIdx.x < 8) {
+    sums.of_warp[threadIdx.x] = 0;
+    for (int i = 0; i < 32; ++i) {
+      sums.of_warp[threadIdx.x] += in[blockIdx.x * 256 + 32 * threadIdx.x + i];
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x == 32) {
+    float sum = 0;
+    for (const float each : sums.of_warp) {
+      sum += each;
+    }
+    out[blockIdx.x] = sum;
+  }
+}
+
 void test_sum() {
   std::vector<float> in(3 * 256);
   std::iota(in.begin(), in.end(), 0.0f);
@@ -165,6 +184,10 @@ void test_sum() {
   for (int i = 0; i < 3; ++i) {
     KX_EXPECT(out.values()[i] == 256.0f * (256 * i) + 255 * 128);
   }
+  Buffer<float> again(3);
+  launch(static_sum_kernel, {3, 256}, x.data(), again.data());
+  finish();
+  KX_EXPECT(again.values() == out.values());
 }
 
 __global__ void lanes_kernel(int* out) {

@@ -79,4 +79,17 @@ __device__ inline Shared& shared_memory() {
 #endif
 }
 
+// An object in the block's shared memory that no launch has to provide for; one for each type Tag. All of a kernel's
+// together have at most 48 KB.
+template <class T, class Tag = T>
+__device__ inline T& static_shared_memory() {
+#ifdef KX_EMULATION
+  static const char key = 0;
+  return *static_cast<T*>(emulation::static_shared_memory(&key, sizeof(T)));
+#else
+  __shared__ __align__(16) unsigned char bytes[sizeof(T)];
+  return *reinterpret_cast<T*>(bytes);
+#endif
+}
+
 }  // namespace kx

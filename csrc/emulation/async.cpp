@@ -363,27 +363,29 @@ void load_pieces(const std::vector<Piece>& pieces, void* mbarrier, unsigned bloc
     if (all.has_ended(block)) {
       fail(std::string(what) + " at " + here.text() + " copies into a block of the cluster that has ended");
     }
-    const ptrdiff_t apart = block.shared() - own.shared();
-    void* const there = static_cast<char*>(mbarrier) + apart;
-    Mbarrier& barrier = find_mbarrier(there, what, here);
+    Mbarrier& barrier = find_mbarrier(own.same_place_in(block, mbarrier), what, here);
+    std::vector<Piece> there = pieces;
+    for (Piece& piece : there) {
+      piece.shared = own.same_place_in(block, piece.shared);
+    }
     if constexpr (kInstrumented) {
       const Actor actor = actor_of(agent, time, Proxy::kAsync, what, here);
-      for (const Piece& piece : pieces) {
+      for (const Piece& piece : there) {
         if (piece.global != nullptr) {
           all.checker.read(actor, piece.global, piece.bytes);
         }
-        all.checker.write(actor, piece.shared + apart, piece.bytes);
+        all.checker.write(actor, piece.shared, piece.bytes);
       }
     }
-    for (const Piece& piece : pieces) {
-      std::memset(piece.shared + apart, kPoison, piece.bytes);
+    for (const Piece& piece : there) {
+      std::memset(piece.shared, kPoison, piece.bytes);
     }
-    all.later([=, &barrier, agent = agent, time = time] {
-      for (const Piece& piece : pieces) {
+    all.later([there = std::move(there), bytes, here, &barrier, agent = agent, time = time] {
+      for (const Piece& piece : there) {
         if (piece.global != nullptr) {
-          std::memcpy(piece.shared + apart, piece.global, piece.bytes);
+          std::memcpy(piece.shared, piece.global, piece.bytes);
         } else {
-          std::memset(piece.shared + apart, 0, piece.bytes);
+          std::memset(piece.shared, 0, piece.bytes);
         }
       }
       barrier.released.seen.raise(agent, time);

@@ -56,16 +56,22 @@ Block::Block(Cluster& cluster, Dim3 index, unsigned rank, unsigned threads, size
       rank(rank),
       warps((threads + kWarp - 1) / kWarp),
       warpgroups((threads + kWarpgroup - 1) / kWarpgroup),
-      transfers(std::make_unique<TransferState>()),
-      memory_(static_cast<char*>(::operator new(shared_bytes + 2 * kGuard, kSharedAlignment)),
-              [](char* p) { ::operator delete(p, kSharedAlignment); }),
-      shared_(memory_.get() + kGuard),
-      shared_bytes_(shared_bytes) {
+      transfers(std::make_unique<TransferState>()) {
   for (unsigned b = 0; b < kBarriers; ++b) {
     barriers[b].number = b;
   }
   transfers->products.resize(warpgroups.size());
-  std::memset(shared_, kPoison, shared_bytes);
+  add_region(shared_bytes);
+}
+
+void Block::add_region(size_t bytes) {
+  std::unique_ptr<char, void (*)(char*)> memory(
+      static_cast<char*>(::operator new(bytes + 2 * kGuard, kSharedAlignment)),
+      [](char* p) { ::operator delete(p, kSharedAlignment); });
+  char* const begin = memory.get() + kGuard;
+  std::memset(begin, kPoison, bytes);
+  cluster->checker.add_shared(begin, bytes);
+  regions_.push_back({std::move(memory), begin, bytes});
 }
 
 Block::~Block() = default;
@@ -73,7 +79,18 @@ Block::Block(Block&&) noexcept = default;
 
 bool Block::owns(const void* address, size_t bytes) const {
   const char* p = static_cast<const char*>(address);
-  return p >= shared_ && p + bytes <= shared_ + shared_bytes_;
+  return std::any_of(regions_.begin(), regions_.end(),
+                     [&](const Region& r) { return p >= r.begin && p + bytes <= r.begin + r.bytes; });
+}
+
+char* Block::same_place_in(const Block& other, const void* own) const {
+  const char* p = static_cast<const char*>(own);
+  for (size_t i = 0; i < regions_.size(); ++i) {
+    if (p >= regions_[i].begin && p < regions_[i].begin + regions_[i].bytes) {
+      return other.regions_[i].begin + (p - regions_[i].begin);
+    }
+  }
+  return nullptr;
 }
 
 namespace {
@@ -108,7 +125,6 @@ Cluster::Cluster(Dim3 grid, Dim3 first, Dim3 shape, Dim3 block_size, size_t shar
   for (unsigned rank = 0; rank < shape.count(); ++rank) {
     const Dim3 index(first.x + rank % shape.x, first.y + rank / shape.x % shape.y, first.z + rank / shape.x / shape.y);
     blocks.emplace_back(*this, index, rank, per_block, shared_bytes);
-    checker.add_shared(blocks.back().shared(), shared_bytes);
   }
   barrier_->next.resize(threads.size());
   int64_t priority = 0;
@@ -546,6 +562,7 @@ void wait_cluster(Location here) {
 // Shared memory.
 
 void* block_shared_memory(size_t bytes) {
+  const Runtime runtime;
   const Block& block = *self().block;
   if (bytes > block.shared_bytes()) {
     fail("the kernel wants " + std::to_string(bytes) + " bytes of shared memory, the launch gave " +
@@ -554,14 +571,31 @@ void* block_shared_memory(size_t bytes) {
   return block.shared();
 }
 
+size_t Cluster::region_of(const void* key, size_t bytes) {
+  const auto [at, is_new] = declared_.try_emplace(key, declared_.size() + 1);
+  if (is_new) {
+    for (Block& block : blocks) {
+      block.add_region(bytes);
+    }
+  }
+  return at->second;
+}
+
+void* static_shared_memory(const void* key, size_t bytes) {
+  const Runtime runtime;
+  return self().block->region(cluster().region_of(key, bytes));
+}
+
 void* peer_memory(const void* own, unsigned rank, Location here) {
-  Thread& me = self();
+  const Runtime runtime;
+  const Thread& me = self();
   const std::vector<Block>& blocks = cluster().blocks;
-  if (!me.block->owns(own, 1) || rank >= blocks.size()) {
+  char* const there = rank < blocks.size() ? me.block->same_place_in(blocks[rank], own) : nullptr;
+  if (there == nullptr) {
     fail(me.name() + " maps shared memory to block " + std::to_string(rank) + " of a cluster of " +
          std::to_string(blocks.size()) + " at " + here.text() + ": give an address of its own shared memory");
   }
-  return blocks[rank].shared() + (static_cast<const char*>(own) - me.block->shared());
+  return there;
 }
 
 }  // namespace kx::emulation

@@ -7,6 +7,7 @@
 #include <deque>
 #include <exception>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <string>
@@ -103,14 +104,22 @@ class Block {
   Barrier barriers[kBarriers];
   std::unique_ptr<TransferState> transfers;
 
-  char* shared() const { return shared_; }
-  size_t shared_bytes() const { return shared_bytes_; }
+  // What the launch gave; and after it in `regions`, objects that the kernel declares itself.
+  char* shared() const { return regions_.front().begin; }
+  size_t shared_bytes() const { return regions_.front().bytes; }
   bool owns(const void* address, size_t bytes) const;  // all of it is this block's shared memory
+  // Where `own`, in this block's shared memory, would be in `other`'s; null if it is not in this block's.
+  char* same_place_in(const Block& other, const void* own) const;
+  void add_region(size_t bytes);
+  char* region(size_t number) const { return regions_.at(number).begin; }
 
  private:
-  std::unique_ptr<char, void (*)(char*)> memory_;
-  char* shared_;
-  size_t shared_bytes_;
+  struct Region {
+    std::unique_ptr<char, void (*)(char*)> memory;
+    char* begin;
+    size_t bytes;
+  };
+  std::vector<Region> regions_;
 };
 
 // When asynchronous operations take place: at once, as late as the rules allow, or at any moment between.
@@ -154,6 +163,8 @@ class Cluster {
   struct Barrier;
   Barrier& barrier() { return *barrier_; }
   bool has_ended(const Block& block) const;
+  // The number of the blocks' region for a declared object.
+  size_t region_of(const void* key, size_t bytes);
 
  private:
   static void enter();
@@ -171,6 +182,7 @@ class Cluster {
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<Fiber*> spare_;
   Fiber* left_ = nullptr;  // the fiber that started the one that begins
+  std::map<const void*, size_t> declared_;
   unsigned next_agent_ = 0;
   int64_t lowest_priority_ = 0;
   std::mt19937_64 random_;
@@ -207,6 +219,8 @@ void arrive_cluster(Location here);
 void wait_cluster(Location here);
 
 void* block_shared_memory(size_t bytes);
+// An object in shared memory that the kernel declares, known by `key`.
+void* static_shared_memory(const void* key, size_t bytes);
 // The same place in the shared memory of another block of the cluster.
 void* peer_memory(const void* own, unsigned rank, Location here);
 
