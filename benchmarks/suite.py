@@ -147,7 +147,7 @@ def run(name: str, device: str, quick: bool) -> Path:
         results["accuracy"] = accuracy.measure(name, device)
         step("accuracy")
         reason = codegen.available()
-        code = [] if quick or reason else [asdict(row) for row in codegen.machine_code() if row.op == name]
+        code = [] if quick or reason else [row for row in codegen.table() if row["op"] == name]
         results["machine_code"] = {"rows": code, "reason": "left out by --quick" if quick else reason}
         step("machine code")
     file = RESULTS / slug(device_name(device)) / f"{name}.json"

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
 from kx_kernels._core import native
-from kx_kernels._core.spec import all_specs
-from kx_kernels.testing.codegen import ARCHITECTURES, MachineCode
+from kx_kernels._core.spec import KernelPromise, OpSpec, all_specs
+from kx_kernels.testing import codegen
+from kx_kernels.testing.codegen import ARCHITECTURES, MachineCode, from_json, promise_of
 
 pytest.importorskip("triton", reason="triton brings the compiler and the disassembler")
 ROOT = Path(__file__).parent.parent
@@ -26,41 +29,77 @@ def machine_code() -> list[MachineCode]:
     command = [sys.executable, "-m", "kx_kernels.testing.codegen", "--json"]
     result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    rows = json.loads(result.stdout)
-    for row in rows:  # JSON's keys are strings
-        for key in ("loads", "stores"):
-            row[key] = {int(width): count for width, count in row[key].items()}
-    return [MachineCode(**row) for row in rows]
+    return from_json(result.stdout)
 
 
 @pytest.mark.slow
-def test_machine_code(machine_code: list[MachineCode]) -> None:
-    """No spills, no more registers than promised, and 16-byte accesses in every variant that is made for them."""
-    for spec in all_specs():
-        for backend in ("triton", "cuda"):
-            rows = [r for r in machine_code if (r.op, r.backend) == (spec.name, backend)]
-            extension = native.load()
-            if backend == "cuda" and not (extension and extension.has_cuda):
-                continue
-            assert {r.architecture for r in rows} == set(ARCHITECTURES)
-            for row in rows:
-                row.check(spec.max_registers)
-                if backend == "triton":
-                    row.check_wide()
-                    assert set(row.stores) == {16}
-            wide = [r for r in rows if r.stores.get(16)]
-            assert len(wide) >= len(rows) // 3
-            for row in wide:
-                row.check_wide()
+@pytest.mark.parametrize("spec", all_specs(), ids=lambda spec: spec.name)
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_machine_code(spec: OpSpec, backend: str, machine_code: list[MachineCode]) -> None:
+    """Every kernel on every architecture is what its operator promises, and every promise is about some kernel."""
+    extension = native.load()
+    if backend == "cuda" and not (extension and extension.has_cuda):
+        pytest.skip("the extension was built without nvcc")
+    rows = [row for row in machine_code if (row.op, row.backend) == (spec.name, backend)]
+    assert {row.architecture for row in rows} == set(ARCHITECTURES)
+    for row in rows:
+        row.check(promise_of(spec, row))
+    used = [promise_of(spec, row) for row in rows]
+    assert [promise for promise in spec.promises if promise.backend == backend and promise not in used] == []
 
 
-def test_checks_can_fail() -> None:
-    good = MachineCode("rope", "cuda", "float32 4 1", "sm_80", 64, 0, 0, 0, {16: 8}, {16: 8}, 0)
-    good.check(64)
-    good.check_wide()
-    for bad in (replace(good, stack=8), replace(good, local=1), replace(good, registers=65)):
-        with pytest.raises(AssertionError, match=r"rope \(cuda float32 4 1, sm_80\)"):
-            bad.check(64)
-    for bad in (replace(good, loads={4: 32}), replace(good, stores={2: 9})):
-        with pytest.raises(AssertionError, match="of 16 bytes"):
-            bad.check_wide()
+GOOD = MachineCode("rope", "cuda", "rope_kernel float32 4 1", "sm_80", 128, 64, 0, 0, 0, {16: 8}, {16: 7, 4: 1}, 1, 2)
+PROMISE = KernelPromise("cuda", "", 64, wide=0.9, tensor_core=True, async_copies=True, shared=32 << 10, blocks=4)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"stack": 8}, "8 bytes of stack"),
+        ({"local": 1}, "1 local accesses"),
+        ({"registers": 65}, "65 registers; at most 64"),
+        ({"loads": {4: 32}}, "20% of accesses move 16 bytes"),
+        ({"tensor_core": 0}, "no tensor-core instruction"),
+        ({"async_copies": 0}, "no asynchronous copy"),
+        ({"shared": 140 << 10}, "bytes of shared memory; a block has at most 166912"),
+        ({"shared": 16 << 10}, "3 blocks per multiprocessor; at least 4"),
+        ({"threads": 512}, "2 blocks per multiprocessor"),
+    ],
+)
+def test_checks_can_fail(change: dict[str, Any], says: str) -> None:
+    GOOD.check(PROMISE)
+    with pytest.raises(AssertionError, match=rf"rope \(cuda rope_kernel float32 4 1, sm_80\): .*{re.escape(says)}"):
+        replace(GOOD, **change).check(PROMISE)
+
+
+def test_a_kernel_nobody_promised_anything_of_fails() -> None:
+    spec = replace(all_specs()[0], promises=(replace(PROMISE, variant="bfloat16"),))
+    with pytest.raises(AssertionError, match="promises nothing of its cuda kernel"):
+        promise_of(spec, GOOD)
+
+
+@pytest.mark.parametrize(
+    ("threads", "registers", "shared", "blocks"),
+    # Of NVIDIA's occupancy calculator, for compute capability 8.0 and 9.0.
+    [
+        (128, 128, 32 << 10, (4, 4)),
+        (128, 64, 48 << 10, (3, 4)),
+        (256, 64, 98 << 10, (1, 2)),
+        (256, 128, 99 << 10, (1, 2)),
+        (384, 168, 200 << 10, (0, 1)),
+        (256, 255, 0, (1, 1)),
+    ],
+)
+def test_occupancy(threads: int, registers: int, shared: int, blocks: tuple[int, int]) -> None:
+    code = replace(GOOD, threads=threads, registers=registers)
+    for architecture, expected in zip(("sm_80", "sm_90a"), blocks, strict=True):
+        assert replace(code, architecture=architecture).blocks(shared) == expected
+
+
+@pytest.mark.slow
+def test_unchanged_kernels_are_not_compiled_again(machine_code: list[MachineCode]) -> None:
+    """`machine_code` has filled the cache, so nothing is compiled here."""
+    with mock.patch.object(codegen, "disassemble", side_effect=AssertionError("compiled")):
+        for spec in all_specs():
+            kept = [*codegen.triton_code(spec), *codegen.cuda_code(spec)]
+            assert kept == [row for row in machine_code if row.op == spec.name]

@@ -25,6 +25,20 @@ class BadCall:
 
 
 @dataclass(frozen=True)
+class KernelPromise:
+    """What the machine code of some kernels has to show on every architecture, besides having no spills."""
+
+    backend: str
+    variant: str = ""  # a regular expression that its name or case matches
+    max_registers: int = 255  # per thread
+    wide: float = 0.0  # least share of global accesses that move 16 bytes, or tiles
+    tensor_core: bool = False  # it has tensor-core instructions
+    async_copies: bool = False  # and copies that go on while threads go on
+    shared: int = 0  # bytes of shared memory that its launches ask for, at most
+    blocks: int = 1  # that fit into a multiprocessor
+
+
+@dataclass(frozen=True)
 class OpSpec:
     """One operator.
 
@@ -47,7 +61,7 @@ class OpSpec:
     flops: Callable[[Call], int]
     bytes: Callable[[Call], int]
     codegen: Callable[[], Mapping[str, Call]]  # calls, on the meta device, whose machine code is checked
-    max_registers: int  # that its kernels may use per thread
+    promises: Sequence[KernelPromise]  # of their machine code; the first that matches a kernel counts
     growth: Mapping[str, Mapping[str, float]]  # quantity -> dimension -> exponent that the counts have to show
 
     def call(self, case: str, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> Call:

@@ -1,31 +1,54 @@
 """What the compilers made of the kernels, read from the machine code: no GPU is needed.
 
 `python -m kx_kernels.testing.codegen` prints it. Triton kernels are compiled for each architecture as a call would
-compile them; CUDA kernels are read from the extension that calls run.
+compile them; CUDA kernels are read from the extension that calls run. What has been read is kept, by a hash of all that
+it depends on, in $XDG_CACHE_HOME/kx_kernels.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib
+import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from .._core import native
-from .._core.spec import OpSpec, all_specs
+from .._core.spec import KernelPromise, OpSpec, all_specs
 
-TENSOR_CORE = ("HMMA", "IMMA", "DMMA", "HGMMA", "UTCHMMA", "UTCQMMA")  # opcodes
-ARCHITECTURES = {"sm_80": 80, "sm_90a": 90, "sm_100a": 100}  # -> Triton's name of the target
+# Opcodes.
+TENSOR_CORE = ("HMMA", "IMMA", "DMMA", "HGMMA", "UTCHMMA", "UTCQMMA")
+ASYNC_COPIES = ("LDGSTS", "UTMALDG", "UTMASTG", "UTMAREDG", "UBLKCP", "UBLKRED")  # cp.async and TMA
+SPILLS = ("LDL", "STL")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a multiprocessor has. Source: CUDA C++ programming guide, technical specifications."""
+
+    triton: int  # Triton's name of the target
+    shared: int  # bytes
+    shared_per_block: int
+    warps: int = 64
+    blocks: int = 32
+
+
+ARCHITECTURES = {
+    "sm_80": Architecture(80, 164 << 10, 163 << 10),
+    "sm_90a": Architecture(90, 228 << 10, 227 << 10),
+    "sm_100a": Architecture(100, 228 << 10, 227 << 10),
+}
 
 
 @dataclass(frozen=True)
@@ -34,28 +57,63 @@ class MachineCode:
 
     op: str
     backend: str  # "triton" or "cuda"
-    variant: str  # the case it was compiled for, or the template arguments
+    variant: str  # the case it was compiled for, or the kernel and its template arguments
     architecture: str
+    threads: int  # per block, at most
     registers: int
     stack: int  # bytes per thread
     local: int  # instructions that access local memory: spills
-    shared: int  # bytes per block
+    shared: int  # bytes per block that the kernel declares; a Triton kernel's are all of them
     loads: dict[int, int]  # bytes -> instructions that read global memory
     stores: dict[int, int]
+    async_copies: int  # instructions that copy from global to shared memory, or back, while threads go on
     tensor_core: int  # instructions
 
-    def check(self, max_registers: int = 255) -> None:
-        """Raises AssertionError if registers are spilled, or more than `max_registers` used."""
-        name = f"{self.op} ({self.backend} {self.variant}, {self.architecture})"
-        spills = self.stack + self.local
-        assert spills == 0, f"{name}: {self.stack} bytes of stack, {self.local} local accesses; expected none"
-        assert self.registers <= max_registers, f"{name}: {self.registers} registers; at most {max_registers} expected"
+    @property
+    def wide(self) -> float:
+        """Of the instructions that access global memory, the share that moves 16 bytes per thread, or a tile."""
+        by_width = Counter(self.loads) + Counter(self.stores)
+        by_width[16] += self.async_copies
+        return by_width[16] / max(1, by_width.total())
 
-    def check_wide(self) -> None:
-        """Raises AssertionError unless global memory is read and written 16 bytes at a time."""
-        name = f"{self.op} ({self.backend} {self.variant}, {self.architecture})"
-        for what, widths in (("loads", self.loads), ("stores", self.stores)):
-            assert widths.get(16, 0) > 0, f"{name}: no {what} of 16 bytes; by bytes they are {widths}"
+    def blocks(self, dynamic_shared: int = 0) -> int:
+        """Blocks that fit into one multiprocessor, with so many bytes of shared memory that a launch asks for."""
+        machine = ARCHITECTURES[self.architecture]
+        warps = -(-self.threads // 32)
+        per_warp = -(-self.registers * 32 // 256) * 256
+        by_registers = 4 * (16384 // per_warp) // warps  # a multiprocessor's four parts have 16384 each
+        shared = -(-(self.shared + dynamic_shared) // 128) * 128 + 1024  # which the system keeps
+        return min(machine.blocks, machine.warps // warps, by_registers, machine.shared // shared)
+
+    def occupancy(self, dynamic_shared: int = 0) -> float:
+        """The share of a multiprocessor's warps that these are."""
+        return self.blocks(dynamic_shared) * -(-self.threads // 32) / ARCHITECTURES[self.architecture].warps
+
+    def check(self, promise: KernelPromise) -> None:
+        """Raises AssertionError where the kernel is not what its operator promises."""
+
+        def expect(holds: bool, what: str) -> None:
+            assert holds, f"{self.op} ({self.backend} {self.variant}, {self.architecture}): {what}"
+
+        spilled = self.stack + self.local
+        expect(spilled == 0, f"{self.stack} bytes of stack, {self.local} local accesses; expected none")
+        most = promise.max_registers
+        expect(self.registers <= most, f"{self.registers} registers; at most {most} expected")
+        expect(self.wide >= promise.wide, f"{self.wide:.0%} of accesses move 16 bytes; {promise.wide:.0%} expected")
+        expect(self.tensor_core > 0 or not promise.tensor_core, "no tensor-core instruction")
+        expect(self.async_copies > 0 or not promise.async_copies, "no asynchronous copy")
+        shared, limit = self.shared + promise.shared, ARCHITECTURES[self.architecture].shared_per_block
+        expect(shared <= limit, f"{shared} bytes of shared memory; a block has at most {limit}")
+        blocks = self.blocks(promise.shared)
+        expect(blocks >= promise.blocks, f"{blocks} blocks per multiprocessor; at least {promise.blocks} expected")
+
+
+def promise_of(spec: OpSpec, code: MachineCode) -> KernelPromise:
+    """The promise that covers this kernel: the first that names its backend and matches its variant."""
+    for promise in spec.promises:
+        if promise.backend == code.backend and re.search(promise.variant, code.variant):
+            return promise
+    raise AssertionError(f"{spec.name} promises nothing of its {code.backend} kernel {code.variant!r}")
 
 
 def _tool() -> str | None:
@@ -80,13 +138,27 @@ def _width(opcode: str) -> int:
     return 4
 
 
-def disassemble(file: str, op: str, backend: str, variant: str, architecture: str) -> list[MachineCode]:
+def _threads(elf: str) -> dict[str, int]:
+    """Kernel -> threads per block, from the limits that its source names."""
+    found = {}
+    for name, body in re.findall(r"^\.nv\.info\.(\S+)\n(.*?)(?=^\.|\Z)", elf, re.MULTILINE | re.DOTALL):
+        limit = re.search(r"EIATTR_(?:MAX_THREADS|REQNTID)\s+Format:\s+\S+\s+Value:\s+(\S+) (\S+) (\S+)", body)
+        if limit is not None:
+            x, y, z = (int(n, 16) for n in limit.groups())
+            found[name] = x * y * z
+    return found
+
+
+def disassemble(
+    file: str, op: str, backend: str, variant: str, architecture: str, shared: int = 0
+) -> list[MachineCode]:
     """The kernels of a cubin or of a shared object, for one architecture."""
     options = [] if file.endswith(".cubin") else ["-arch", architecture]
     usage = dict(re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", _read(file, *options, "-res-usage")))
     bodies = dict(
         re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function :|\Z)", _read(file, *options, "-sass"), re.DOTALL)
     )
+    threads = _threads(_read(file, *options, "-elf"))
     found = []
     for name, body in bodies.items():
         numbers = {key: int(value) for key, value in re.findall(r"(\w+)(?:\[0\])?:(\d+)", usage[name])}
@@ -102,14 +174,16 @@ def disassemble(file: str, op: str, backend: str, variant: str, architecture: st
             MachineCode(
                 op=op or _namespace(name),
                 backend=backend,
-                variant=variant or _template_arguments(name),
+                variant=variant or _kernel_name(name),
                 architecture=architecture,
+                threads=threads[name],
                 registers=numbers["REG"],
                 stack=numbers["STACK"],
-                local=kinds["LDL"] + kinds["STL"],
-                shared=numbers["SHARED"],
+                local=sum(kinds[kind] for kind in SPILLS),
+                shared=max(shared, numbers["SHARED"]),
                 loads=dict(sorted(widths["LDG"].items())),
                 stores=dict(sorted(widths["STG"].items())),
+                async_copies=sum(kinds[kind] for kind in ASYNC_COPIES),
                 tensor_core=sum(kinds[kind] for kind in TENSOR_CORE),
             )
         )
@@ -122,14 +196,16 @@ def _namespace(mangled: str) -> str:
     return mangled[match.end() : match.end() + int(match.group(1))] if match else ""
 
 
-def _template_arguments(mangled: str) -> str:
-    """bfloat16 8 true, for a kernel template's mangled name."""
+def _kernel_name(mangled: str) -> str:
+    """rope_kernel bfloat16 8 1, for a kernel template's mangled name."""
     types = {"d": "float64", "f": "float32"}
+    names = re.match(r"_ZN2kx\d+[a-z_]+?(?=\d)(\d+)(\w+)", mangled)
+    name = names.group(2)[: int(names.group(1))] if names else mangled
     match = re.search(r"kernelI(.*?)EEv", mangled)
     if match is None:
-        return mangled
+        return name
     words = re.findall(r"NS_\d+([a-z0-9]+?\d\d)E|L[ijlb](\d+)E|([df])", match.group(1) + "E")
-    return " ".join(name or number or types[letter] for name, number, letter in words)
+    return " ".join([name, *(word or number or types[letter] for word, number, letter in words)])
 
 
 @contextlib.contextmanager
@@ -160,21 +236,54 @@ def _compiling_for(target: int) -> Iterator[list[Any]]:
         yield compiled
 
 
+def _kept(sources: Iterable[Path | str], read: Callable[[], list[MachineCode]]) -> list[MachineCode]:
+    """What `read` returned when all these files and words were the same."""
+    key = hashlib.sha256(Path(__file__).read_bytes())
+    for source in sources:
+        key.update(source.read_bytes() if isinstance(source, Path) else source.encode())
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    file = home / "kx_kernels" / f"machine-code-{key.hexdigest()}.json"
+    if file.exists():
+        return from_json(file.read_text())
+    rows = read()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as part:
+        part.write(json.dumps([asdict(row) for row in rows]))
+    os.replace(part.name, file)  # readers see all of it or nothing
+    return rows
+
+
+def from_json(text: str) -> list[MachineCode]:
+    rows = json.loads(text)
+    for row in rows:  # JSON's keys are strings
+        for key in ("loads", "stores"):
+            row[key] = {int(width): count for width, count in row[key].items()}
+    return [MachineCode(**row) for row in rows]
+
+
 def triton_code(spec: OpSpec) -> list[MachineCode]:
     """Its Triton kernels, compiled for the calls that `spec.codegen` names."""
+    import triton
+
     api = importlib.import_module(spec.function.__module__)
-    triton = next(b for b in api.backends() if b.name == "triton")
-    rows = []
-    for architecture, target in ARCHITECTURES.items():
-        for variant, call in spec.codegen().items():
-            with _compiling_for(target) as compiled:
-                triton.run(api.problem(**call), False)
-            for kernel in compiled:
-                with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                    file.write(kernel.asm["cubin"])
-                    file.flush()
-                    rows += disassemble(file.name, spec.name, "triton", variant, architecture)
-    return rows
+    backend = next(b for b in api.backends() if b.name == "triton")
+
+    def read() -> list[MachineCode]:
+        rows = []
+        for architecture, machine in ARCHITECTURES.items():
+            for variant, call in spec.codegen().items():
+                with _compiling_for(machine.triton) as compiled:
+                    backend.run(api.problem(**call), False)
+                for kernel in compiled:
+                    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                        file.write(kernel.asm["cubin"])
+                        file.flush()
+                        shared = kernel.metadata.shared
+                        rows += disassemble(file.name, spec.name, "triton", variant, architecture, shared)
+        return rows
+
+    folder = Path(api.__file__ or "").parent
+    return _kept([triton.__version__, *sorted(folder.rglob("*.py"))], read)
 
 
 def cuda_code(spec: OpSpec) -> list[MachineCode]:
@@ -182,11 +291,12 @@ def cuda_code(spec: OpSpec) -> list[MachineCode]:
     extension = native.load()
     if extension is None or not extension.has_cuda or extension.__file__ is None:
         return []
-    rows = []
-    for architecture in ARCHITECTURES:
-        kernels = disassemble(extension.__file__, "", "cuda", "", architecture)
-        rows += [kernel for kernel in kernels if kernel.op == spec.name]
-    return rows
+    file = extension.__file__
+    rows = _kept(
+        [Path(file)],
+        lambda: [kernel for name in ARCHITECTURES for kernel in disassemble(file, "", "cuda", "", name)],
+    )
+    return [row for row in rows if row.op == spec.name]
 
 
 @functools.cache
@@ -202,16 +312,33 @@ def machine_code() -> list[MachineCode]:
     return [row for spec in all_specs() for row in (*triton_code(spec), *cuda_code(spec))]
 
 
-def main() -> None:
-    import json
+def table() -> list[dict[str, Any]]:
+    """machine_code() as rows for people."""
+    rows = []
+    for spec in all_specs():
+        for code in (*triton_code(spec), *cuda_code(spec)):
+            dynamic = promise_of(spec, code).shared
+            rows.append(
+                asdict(code)
+                | {
+                    "shared": code.shared + dynamic,
+                    "occupancy": f"{code.blocks(dynamic)} × {code.threads} ({code.occupancy(dynamic):.0%})",
+                    "wide": f"{code.wide:.0%}",
+                }
+            )
+    return rows
 
+
+def main() -> None:
     from tabulate import tabulate
 
     reason = available()
     if reason is not None:
         raise SystemExit(f"the machine code cannot be read: {reason}")
-    rows = [asdict(row) for row in machine_code()]
-    print(json.dumps(rows) if "--json" in sys.argv[1:] else tabulate(rows, headers="keys", tablefmt="plain"))
+    if "--json" in sys.argv[1:]:
+        print(json.dumps([asdict(row) for row in machine_code()]))
+    else:
+        print(tabulate(table(), headers="keys", tablefmt="plain"))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._core.spec import BadCall, Call, OpSpec
+from ..._core.spec import BadCall, Call, KernelPromise, OpSpec
 from .api import rope
 from .reference import rope as reference
 from .tables import rope_tables
@@ -292,6 +292,13 @@ SPEC = OpSpec(
     flops=flops,
     bytes=bytes_,
     codegen=codegen,
-    max_registers=96,
+    promises=(
+        # Positions are scalars; a CUDA kernel has code for tables of four dtypes, in vectors and in scalars, of which a call
+        # runs one.
+        KernelPromise("triton", "packed|transposed", max_registers=96, wide=0.5, blocks=5),
+        KernelPromise("triton", max_registers=96, wide=0.9, blocks=5),
+        KernelPromise("cuda", r"rope_kernel (float32 4|bfloat16 8|float16 8|float64 2) ", 96, wide=0.2, blocks=5),
+        KernelPromise("cuda", max_registers=96, blocks=5),
+    ),
     growth={"flops": {"length": 1.0, "batch": 1.0}, "bytes": {"length": 1.0, "batch": 1.0}},
 )
