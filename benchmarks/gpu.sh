@@ -22,6 +22,11 @@ step() { # name, seconds allowed, command...
 
 export PYTHONUNBUFFERED=1
 step build 150 env KX_CUDA=on KX_EMULATION=off "$python" setup.py build_ext --inplace
+step primitives 120 bash -c 'cmake --preset gpu && cmake --build --preset gpu --target device_conformance &&
+  build/gpu/tests/csrc/device_conformance'
+for tool in memcheck racecheck synccheck; do
+  step "primitives-$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 build/gpu/tests/csrc/device_conformance
+done
 step machine 30 "$python" -m kx_kernels
 step contract 150 "$python" -m pytest tests/test_gpu.py tests/test_contract.py tests/test_rope.py -q --maxfail=20 \
   -k "gpu or cuda-cuda or triton-cuda"

@@ -5,6 +5,9 @@
 #include "common/tensor.h"
 #include "cpu/isa.h"
 #include "rope/problem.h"
+#ifdef KX_EMULATION
+#include "emulation/block.h"
+#endif
 
 namespace py = pybind11;
 
@@ -54,6 +57,9 @@ PYBIND11_MODULE(KX_MODULE_NAME, m) {
   m.attr("has_cuda") = true;
   m.attr("cuda_architectures") = KX_STRING(KX_CUDA_ARCHITECTURES);
   m.def("rope_cuda", &kx::rope::cuda);
+#ifdef KX_EMULATION
+  m.def("set_seed", &kx::emulation::set_seed);
+#endif
 #else
   m.attr("has_cuda") = false;
   m.attr("cuda_architectures") = "";

@@ -33,12 +33,15 @@ class Lane(NamedTuple):
         return [dtype for dtype in spec.dtypes if (self.backend, self.device, dtype) not in spec.cannot]
 
     @contextlib.contextmanager
-    def ready(self) -> Iterator[None]:
-        """Within the block, calls with `backend=self.backend` on self.device are served by this lane."""
+    def ready(self, seed: int = 0) -> Iterator[None]:
+        """Within the block, calls with `backend=self.backend` on self.device are served by this lane.
+
+        `seed` chooses a schedule of threads, where that can be chosen.
+        """
         if self == Lane("cuda", "cpu"):
             from kx_kernels.testing.emulation import emulated_cuda
 
-            with emulated_cuda():
+            with emulated_cuda(seed):
                 yield
         else:
             yield

@@ -9,14 +9,20 @@ from .._core import native
 
 
 @contextlib.contextmanager
-def emulated_cuda() -> Iterator[None]:
+def emulated_cuda(seed: int = 0) -> Iterator[None]:
     """Within the block, `backend="cuda"` serves CPU tensors, thread by thread and slowly.
 
-    Raises ModuleNotFoundError where the emulation was not built (KX_EMULATION=on).
+    `seed` chooses the order in which threads run and when asynchronous copies take place; 0 is by index and at once.
+    Raises ModuleNotFoundError where the emulation was not built (KX_EMULATION=on), RuntimeError where a kernel does what
+    a GPU does not allow (docs/emulation.md).
     """
     before = native.emulating()
     native.emulate(True)
+    emulation = native.load("_emulation")
+    assert emulation is not None
+    emulation.set_seed(seed)
     try:
         yield
     finally:
+        emulation.set_seed(0)
         native.emulate(before)
