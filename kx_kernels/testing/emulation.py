@@ -12,9 +12,9 @@ from .._core import native
 def emulated_cuda(seed: int = 0) -> Iterator[None]:
     """Within the block, `backend="cuda"` serves CPU tensors, thread by thread and slowly.
 
-    `seed` chooses the order in which threads run and when asynchronous copies take place; 0 is by index and at once.
-    Raises ModuleNotFoundError where the emulation was not built (KX_EMULATION=on), RuntimeError where a kernel does what
-    a GPU does not allow (docs/emulation.md).
+    `seed` chooses the order in which threads run, and when asynchronous copies take place; 0: by index, at once.
+    Raises ModuleNotFoundError where the emulation was not built (KX_EMULATION=on), and RuntimeError where a kernel does
+    what a GPU does not allow (docs/emulation.md).
     """
     before = native.emulating()
     native.emulate(True)

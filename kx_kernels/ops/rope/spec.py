@@ -293,8 +293,8 @@ SPEC = OpSpec(
     bytes=bytes_,
     codegen=codegen,
     promises=(
-        # Positions are scalars. A CUDA kernel has code for tables of four dtypes, in vectors and in scalars; a call runs
-        # one of them.
+        # Positions are scalars. A CUDA kernel has code for tables of four dtypes, in vectors and in scalars, of which a
+        # call runs one.
         KernelPromise("triton", "packed|transposed", max_registers=96, wide=0.5, blocks=5),
         KernelPromise("triton", max_registers=96, wide=0.9, blocks=5),
         KernelPromise("cuda", r"rope_kernel (float32 4|bfloat16 8|float16 8|float64 2) ", 96, wide=0.2, blocks=5),
