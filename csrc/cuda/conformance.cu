@@ -796,6 +796,66 @@ void test_bulk_store() {
   }
 }
 
+// An mbarrier's memory serves for something else, and for an mbarrier again; bytes that are expected apart from
+// arrivals.
+__global__ void reused_mbarrier_kernel(const float* in, float* out) {
+  Ring& ring = shared_memory<Ring>();
+  for (int round = 0; round < 2; ++round) {
+    init_ring(ring, 64, 1);
+    if (threadIdx.x == 0) {
+      ring.full[0].expect(1024);
+      load_bytes(ring.x[0], in, 1024, ring.full[0]);
+    }
+    ring.full[0].arrive();
+    ring.full[0].wait(0);
+    out[64 * round + threadIdx.x] = ring.x[0][4 * threadIdx.x];
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      for (int s = 0; s < 2; ++s) {
+        ring.full[s].invalidate();
+        ring.empty[s].invalidate();
+      }
+      *reinterpret_cast<uint64_t*>(&ring.full[0]) = 12345;
+    }
+    __syncthreads();
+  }
+}
+
+void test_reused_mbarriers() {
+  std::vector<float> in(256);
+  std::iota(in.begin(), in.end(), 1.0f);
+  Buffer<float> x(in), out(128);
+  launch(reused_mbarrier_kernel, {1, 64, sizeof(Ring)}, x.data(), out.data());
+  finish();
+  const std::vector<float> got = out.values();
+  for (int i = 0; i < 128; ++i) {
+    KX_EXPECT(got[i] == in[4 * (i % 64)]);
+  }
+}
+
+// One warpgroup gives registers to two others.
+__global__ void __launch_bounds__(384, 1) registers_kernel(float* out) {
+  float x = static_cast<float>(threadIdx.x);
+  if (threadIdx.x < 128) {
+    release_registers<40>();
+    x += 1;
+  } else {
+    claim_registers<232>();
+    x += 2;
+  }
+  out[threadIdx.x] = x;
+}
+
+void test_registers() {
+  Buffer<float> out(384);
+  launch(registers_kernel, {1, 384}, out.data());
+  finish();
+  const std::vector<float> got = out.values();
+  for (int i = 0; i < 384; ++i) {
+    KX_EXPECT(got[i] == static_cast<float>(i + (i < 128 ? 1 : 2)));
+  }
+}
+
 // TMA tiles.
 
 constexpr int kTileBytes = 16 << 10;
@@ -1006,8 +1066,10 @@ __global__ void neighbour_kernel(float* out) {
   }
   mine.ready.arrive_at(neighbour);
   mine.ready.wait(0);
-  out[64 * blockIdx.x + threadIdx.x] = mine.sum;
-  sync_cluster();
+  const float sum = mine.sum;
+  arrive_at_cluster();
+  out[64 * blockIdx.x + threadIdx.x] = sum;
+  wait_for_cluster();
 }
 
 void test_neighbours() {
@@ -1246,6 +1308,8 @@ void test_everything(int capability) {
   test_store_matrices<4, true>();
   repeat(test_ring<By::kBulk>);
   repeat(test_bulk_store);
+  repeat(test_reused_mbarriers);
+  test_registers();
   repeat(test_all_tiles);
   repeat(test_cluster_sum);
   repeat(test_multicast);
