@@ -4,6 +4,7 @@
 
 #include "common/tensor.h"
 #include "cpu/isa.h"
+#include "linear_attention/problem.h"
 #include "rope/problem.h"
 #ifdef KX_EMULATION
 #include "emulation/block.h"
@@ -52,6 +53,8 @@ PYBIND11_MODULE(KX_MODULE_NAME, m) {
 #ifndef KX_NO_CPU
   m.attr("cpu_isa") = kx::isa_name();
   m.def("rope_cpu", &kx::rope::cpu, py::call_guard<py::gil_scoped_release>());
+  m.def("linear_attention_cpu", &kx::linear_attention::cpu, py::call_guard<py::gil_scoped_release>());
+  m.def("linear_attention_cpu_backward", &kx::linear_attention::cpu_backward, py::call_guard<py::gil_scoped_release>());
 #endif
 #ifdef KX_HAS_CUDA
   m.attr("has_cuda") = true;

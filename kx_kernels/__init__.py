@@ -5,7 +5,18 @@ __version__ = "0.1.0"
 from . import nn
 from ._core.dispatch import UnsupportedError, backend
 from ._core.explain import explain
+from .ops.linear_attention.api import linear_attention
+from .ops.linear_attention.state import LinearAttentionState
 from .ops.rope.api import rope
 from .ops.rope.tables import rope_tables
 
-__all__ = ["UnsupportedError", "backend", "explain", "nn", "rope", "rope_tables"]
+__all__ = [
+    "LinearAttentionState",
+    "UnsupportedError",
+    "backend",
+    "explain",
+    "linear_attention",
+    "nn",
+    "rope",
+    "rope_tables",
+]

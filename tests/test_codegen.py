@@ -33,8 +33,15 @@ def machine_code() -> list[MachineCode]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", all_specs(), ids=lambda spec: spec.name)
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize(
+    ("spec", "backend"),
+    [
+        pytest.param(spec, backend, id=f"{backend}-{spec.name}")
+        for spec in all_specs()
+        for backend in ("triton", "cuda")
+        if backend in spec.backends
+    ],
+)
 def test_machine_code(spec: OpSpec, backend: str, machine_code: list[MachineCode]) -> None:
     """Every kernel on every architecture is what its operator promises, and every promise is about some kernel."""
     extension = native.load()

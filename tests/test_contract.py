@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from torch.utils import _pytree as pytree
 import kx_kernels as kx
 from kx_kernels._core.spec import Call, OpSpec, all_specs
 from kx_kernels.testing.budget import assert_within_budget
-from kx_kernels.testing.poison import LAYOUTS, bits, poisoned_allocation, same_bits
+from kx_kernels.testing.poison import LAYOUTS, poisoned_allocation, same_bits
 
 SPECS = {spec.name: spec for spec in all_specs()}
 EXECUTION = {"backend", "inplace"}  # arguments that say how to compute, not what
@@ -37,17 +38,25 @@ def flat(result: Any) -> list[Tensor]:
 
 
 def tensors(call: Call) -> dict[str, Tensor]:
-    return {name: x for name, x in call.items() if isinstance(x, Tensor)}
+    leaves = pytree.tree_leaves_with_path(call)
+    return {pytree.keystr(path): x for path, x in leaves if isinstance(x, Tensor)}
 
 
-def cast(call: Call, dtype: torch.dtype) -> Call:
-    return {k: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for k, x in call.items()}
+def on_meta(call: Call) -> Call:
+    return pytree.tree_map_only(Tensor, lambda x: x.to("meta"), call)
+
+
+def serves(lane: Any, spec: OpSpec) -> None:
+    """Skips what the operator has no kernel for."""
+    if lane.backend not in spec.backends:
+        pytest.skip(f"{spec.name} has no {lane.backend} kernel")
 
 
 def with_grad(spec: OpSpec, call: Call) -> tuple[Call, list[Tensor]]:
     """The call with leaves of its own for every differentiable argument."""
-    leaves = {n: call[n].detach().requires_grad_() for n in spec.differentiable if call.get(n) is not None}
-    return call | leaves, list(leaves.values())
+    change = {n: call[n] for n in spec.differentiable if n in call}
+    change = pytree.tree_map_only(Tensor, lambda x: x.detach().requires_grad_(), change)
+    return call | change, flat(change)
 
 
 def gradients(spec: OpSpec, function: Any, call: Call, weights: list[Tensor], **how: Any) -> list[Tensor]:
@@ -60,6 +69,19 @@ def exact_and_eager(spec: OpSpec, call: Call, dtype: torch.dtype, compute: Any) 
     """compute(call) in float64, and in the dtype under test (float32 for float64)."""
     eager = torch.float32 if dtype == torch.float64 else dtype
     return list(zip(compute(spec.cast(call, torch.float64)), compute(spec.cast(call, eager)), strict=True))
+
+
+def neighbours(spec: OpSpec, call: Call, dtype: torch.dtype, compute: Any, i: int) -> Any:
+    """What the i-th result of `compute` is for inputs up to 1 % off, in float64 and in the dtype under test."""
+    generator = torch.Generator().manual_seed(0)
+
+    def nearby(x: Tensor) -> Tensor:
+        off = 0.01 * torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x.device)
+        return (x.double() * (1 + off)).to(x.dtype)
+
+    for _ in range(4):
+        change = pytree.tree_map_only(Tensor, nearby, {n: call[n] for n in spec.differentiable if n in call})
+        yield exact_and_eager(spec, call | change, dtype, compute)[i]
 
 
 @pytest.mark.parametrize("spec", specs())
@@ -78,6 +100,7 @@ def test_forward_and_backward_within_budget(lane, spec: OpSpec, case: str, dtype
 
     What a backend cannot do it refuses by name, with its reason.
     """
+    serves(lane, spec)
     call = spec.call(case, dtype, lane.device)
     refusal = spec.cannot.get((lane.backend, lane.device, dtype))
     if refusal:
@@ -89,17 +112,23 @@ def test_forward_and_backward_within_budget(lane, spec: OpSpec, case: str, dtype
         outs = flat(spec.function(**call, backend=lane.backend))
         weights = [torch.randn_like(o) for o in outs]
         grads = gradients(spec, spec.function, call, weights, backend=lane.backend)
-    for i, (exact, eager) in enumerate(exact_and_eager(spec, call, dtype, lambda c: flat(spec.reference(**c)))):
-        assert_within_budget(outs[i], exact, eager, f"output {i}")
-    references = exact_and_eager(spec, call, dtype, lambda c: gradients(spec, spec.reference, c, weights))
-    for i, (exact, eager) in enumerate(references):
-        assert_within_budget(grads[i], exact, eager, f"gradient of {spec.differentiable[i]}")
+    names = [f"output {i}" for i in range(len(outs))]
+    names += [f"gradient of {n}" for n in tensors({n: call[n] for n in spec.differentiable if n in call})]
+
+    def reference(c: Call) -> list[Tensor]:
+        return flat(spec.reference(**c)) + gradients(spec, spec.reference, c, weights)
+
+    pairs = exact_and_eager(spec, call, dtype, reference)
+    for i, (name, actual, (exact, eager)) in enumerate(zip(names, outs + grads, pairs, strict=True)):
+        near = functools.partial(neighbours, spec, call, dtype, reference, i)
+        assert_within_budget(actual, exact, eager, name, near)
     for name, x in tensors(call).items():
         assert same_bits(x, before[name]), f"{name} was changed"
 
 
 @pytest.mark.parametrize(("spec", "case"), cases())
 def test_deterministic(lane, spec: OpSpec, case: str) -> None:
+    serves(lane, spec)
     call = spec.call(case, torch.float32, lane.device)
     first = flat(spec.function(**call, backend=lane.backend))
     for seed in range(1, 4):  # another schedule, where the lane has one
@@ -113,9 +142,12 @@ def test_deterministic(lane, spec: OpSpec, case: str) -> None:
 @pytest.mark.parametrize(("spec", "case"), cases())
 def test_strides_change_nothing(lane, spec: OpSpec, case: str, layout: str) -> None:
     """The same bits whatever the strides of every tensor argument, gradients included."""
+    serves(lane, spec)
+    if lane.backend == "reference":
+        pytest.skip("torch's products may add in another order for other strides")
     call = spec.call(case, torch.float32, lane.device)
-    contiguous = call | {n: x.contiguous() for n, x in tensors(call).items()}
-    spread = call | {n: LAYOUTS[layout](x) for n, x in tensors(call).items() if x.is_floating_point()}
+    contiguous = pytree.tree_map_only(Tensor, lambda x: x.contiguous(), call)
+    spread = pytree.tree_map_only(Tensor, lambda x: LAYOUTS[layout](x) if x.is_floating_point() else x, call)
     expected = flat(spec.function(**contiguous, backend=lane.backend))
     outs = flat(spec.function(**spread, backend=lane.backend))
     weights = [torch.randn(o.shape, device=lane.device) for o in outs]
@@ -129,18 +161,20 @@ def test_strides_change_nothing(lane, spec: OpSpec, case: str, layout: str) -> N
 def test_no_data_needed_for_shapes(spec: OpSpec, case: str) -> None:
     """On the meta device: shapes, dtypes and strides of the real result."""
     real = flat(spec.function(**spec.call(case, torch.float16)))
-    call = {n: x.to("meta") if isinstance(x, Tensor) else x for n, x in spec.call(case, torch.float16).items()}
+    call = on_meta(spec.call(case, torch.float16))
     for a, b in zip(flat(spec.function(**call)), real, strict=True):
         assert (a.shape, a.dtype, a.device.type) == (b.shape, b.dtype, "meta")
 
 
 @pytest.mark.parametrize("spec", specs())
 def test_gradcheck_to_second_order(lane, spec: OpSpec) -> None:
-    call, leaves = with_grad(spec, spec.call(spec.example, torch.float64, lane.device))
-    names = [n for n in spec.differentiable if call.get(n) is not None]
+    serves(lane, spec)
+    call, leaves = with_grad(spec, spec.call(spec.differentiated, torch.float64, lane.device))
+    change = {n: call[n] for n in spec.differentiable if n in call}
+    structure = pytree.tree_structure(change)
 
     def function(*values: Tensor) -> Any:
-        return spec.function(**call | dict(zip(names, values, strict=True)), backend=lane.backend)
+        return tuple(flat(spec.function(**call | pytree.tree_unflatten(values, structure), backend=lane.backend)))
 
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
     assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
@@ -149,18 +183,19 @@ def test_gradcheck_to_second_order(lane, spec: OpSpec) -> None:
 @pytest.mark.parametrize(("spec", "bad"), bad_calls())
 def test_wrong_arguments_are_named(spec: OpSpec, bad: Any) -> None:
     call = bad.change(spec.call(spec.example, torch.float32))
-    before = {name: x.clone() for name, x in tensors(call).items() if x.device.type == "cpu"}
+    before = {name: x.detach().clone() for name, x in tensors(call).items() if x.device.type == "cpu"}
     with pytest.raises(bad.error, match=bad.expected) as caught:
         spec.function(**call)
     assert f"argument '{bad.argument}'" in str(caught.value)
     for name, x in before.items():
-        assert torch.equal(bits(call[name]), bits(x)), f"{name} was changed"
+        assert same_bits(tensors(call)[name], x), f"{name} was changed"
 
 
 @pytest.mark.parametrize("spec", specs())
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compiled_equals_eager(lane, spec: OpSpec, dynamic: bool) -> None:
     """No graph break; the same bits, forward and backward."""
+    serves(lane, spec)
     torch.compiler.reset()
     compiled = torch.compile(spec.function, fullgraph=True, dynamic=dynamic)
     for case in spec.compiled:
@@ -177,9 +212,9 @@ def test_compiled_equals_eager(lane, spec: OpSpec, dynamic: bool) -> None:
 @pytest.mark.parametrize("spec", specs())
 def test_a_backend_named_and_unfit_says_why(spec: OpSpec) -> None:
     call = spec.call(spec.example, torch.float32)
-    meta = {n: x.to("meta") if isinstance(x, Tensor) else x for n, x in call.items()}
+    meta = on_meta(call)
     if not torch.cuda.is_available():
-        with pytest.raises(kx.UnsupportedError, match=r"cuda: the tensors are on cpu(.|\n)*reference: can serve"):
+        with pytest.raises(kx.UnsupportedError, match=r"'cuda' cannot serve this call(.|\n)*reference: can serve"):
             spec.function(**call, backend="cuda")
     table = kx.explain(spec.function, **call)
     assert all(name in table for name in spec.backends)

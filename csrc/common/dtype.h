@@ -5,7 +5,7 @@
 
 namespace kx {
 
-enum class DType : int32_t { kFloat64, kFloat32, kBFloat16, kFloat16, kInt64, kInt32 };
+enum class DType : int32_t { kFloat64, kFloat32, kBFloat16, kFloat16, kInt64, kInt32, kBool };
 
 constexpr int64_t size_of(DType dtype) {
   switch (dtype) {
@@ -18,6 +18,8 @@ constexpr int64_t size_of(DType dtype) {
     case DType::kBFloat16:
     case DType::kFloat16:
       return 2;
+    case DType::kBool:
+      return 1;
   }
   return 0;
 }
@@ -36,6 +38,8 @@ constexpr const char* name_of(DType dtype) {
       return "int64";
     case DType::kInt32:
       return "int32";
+    case DType::kBool:
+      return "bool";
   }
   return "unknown";
 }

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../common/half.h"
 
@@ -100,6 +101,18 @@ inline void stream(Half* p, Floats x) {
 }
 inline void stream_fence() { _mm_sfence(); }
 
+inline Floats all(float x) { return {_mm512_set1_ps(x)}; }
+inline Doubles all(double x) { return {_mm512_set1_pd(x)}; }
+inline Floats add(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Doubles add(Doubles a, Doubles b) { return {_mm512_add_pd(a.v, b.v)}; }
+// max and min of a NaN and b give b.
+inline Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Doubles max(Doubles a, Doubles b) { return {_mm512_max_pd(a.v, b.v)}; }
+inline Floats min(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Doubles min(Doubles a, Doubles b) { return {_mm512_min_pd(a.v, b.v)}; }
+// 2^n · x for whole n.
+inline Floats scale_by_power(Floats x, Floats n) { return {_mm512_scalef_ps(x.v, n.v)}; }
+inline Floats nearest(Floats x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT)}; }
 inline Floats mul(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Doubles mul(Doubles a, Doubles b) { return {_mm512_mul_pd(a.v, b.v)}; }
 inline Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
@@ -158,6 +171,23 @@ inline void stream(Half* p, Floats x) {
 }
 inline void stream_fence() { _mm_sfence(); }
 
+inline Floats all(float x) { return {_mm256_set1_ps(x)}; }
+inline Doubles all(double x) { return {_mm256_set1_pd(x)}; }
+inline Floats add(Floats a, Floats b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Doubles add(Doubles a, Doubles b) { return {_mm256_add_pd(a.v, b.v)}; }
+inline Floats max(Floats a, Floats b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline Doubles max(Doubles a, Doubles b) { return {_mm256_max_pd(a.v, b.v)}; }
+inline Floats min(Floats a, Floats b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline Doubles min(Doubles a, Doubles b) { return {_mm256_min_pd(a.v, b.v)}; }
+// 2^n · x for whole n, in two steps: either may leave the range of normal numbers.
+inline Floats scale_by_power(Floats x, Floats n) {
+  const __m256i whole = _mm256_cvtps_epi32(n.v), low = _mm256_srai_epi32(whole, 1);
+  const auto power = [](__m256i e) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23));
+  };
+  return {_mm256_mul_ps(_mm256_mul_ps(x.v, power(low)), power(_mm256_sub_epi32(whole, low)))};
+}
+inline Floats nearest(Floats x) { return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Floats mul(Floats a, Floats b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline Doubles mul(Doubles a, Doubles b) { return {_mm256_mul_pd(a.v, b.v)}; }
 inline Floats fma(Floats a, Floats b, Floats c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
@@ -209,6 +239,22 @@ inline void stream(T* p, A x) {
 }
 inline void stream_fence() {}
 
+inline Floats all(float x) { KX_EACH_LANE(Floats, x); }
+inline Doubles all(double x) { KX_EACH_LANE(Doubles, x); }
+template <class A>
+inline A add(A a, A b) {
+  KX_EACH_LANE(A, a.v[i] + b.v[i]);
+}
+template <class A>
+inline A max(A a, A b) {
+  KX_EACH_LANE(A, a.v[i] > b.v[i] ? a.v[i] : b.v[i]);
+}
+template <class A>
+inline A min(A a, A b) {
+  KX_EACH_LANE(A, a.v[i] < b.v[i] ? a.v[i] : b.v[i]);
+}
+inline Floats scale_by_power(Floats x, Floats n) { KX_EACH_LANE(Floats, std::ldexp(x.v[i], static_cast<int>(n.v[i]))); }
+inline Floats nearest(Floats x) { KX_EACH_LANE(Floats, std::nearbyint(x.v[i])); }
 template <class A>
 inline A mul(A a, A b) {
   KX_EACH_LANE(A, a.v[i] * b.v[i]);
@@ -259,6 +305,50 @@ inline void store(T* p, A x, int n) {
 }
 
 #endif
+
+// The vector for arithmetic in A.
+template <class A>
+using vector_t = decltype(all(A{}));
+
+// All lanes, the upper half onto the lower until one is left.
+template <class V>
+inline auto sum(V x) {
+  using A = std::conditional_t<std::is_same_v<V, Floats>, float, double>;
+  A lanes[V::kLanes];
+  store(lanes, x);
+  for (int n = V::kLanes / 2; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) {
+      lanes[i] += lanes[i + n];
+    }
+  }
+  return lanes[0];
+}
+
+// e^x to about one unit in the last place: 2^n · e^r with |r| ≤ ln 2 / 2, e^r by its Taylor series. Above 88.8
+// infinity, below -104 zero; NaN stays NaN.
+inline Floats exp(Floats x) {
+  x = min(all(130.0f), max(all(-110.0f), x));
+  const Floats n = nearest(mul(x, all(1.44269504f)));
+  Floats r = fma(n, all(-0.693359375f), x);  // ln 2 in two parts, the first exact in products with n
+  r = fma(n, all(2.12194440e-4f), r);
+  Floats p = all(1.0f / 5040);
+  p = fma(p, r, all(1.0f / 720));
+  p = fma(p, r, all(1.0f / 120));
+  p = fma(p, r, all(1.0f / 24));
+  p = fma(p, r, all(1.0f / 6));
+  p = fma(p, r, all(0.5f));
+  p = fma(p, r, all(1.0f));
+  p = fma(p, r, all(1.0f));
+  return scale_by_power(p, n);
+}
+inline Doubles exp(Doubles x) {
+  double lanes[Doubles::kLanes];
+  store(lanes, x);
+  for (double& lane : lanes) {
+    lane = std::exp(lane);
+  }
+  return load(lanes);
+}
 
 }  // namespace
 }  // namespace kx::KX_ISA

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+import inspect
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 
@@ -23,3 +25,33 @@ def describe(value: object) -> str:
 def reject(op: str, argument: str, value: object, expected: str, error: type[Exception] = ValueError) -> NoReturn:
     """Raises `error`: "rope: argument 'start' is -1; expected …"."""
     raise error(f"{op}: argument {argument!r} is {describe(value)}; expected {expected}")
+
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+INDICES = (torch.int32, torch.int64)
+
+
+def check_tensor(
+    op: str, argument: str, x: object, dtypes: tuple[torch.dtype, ...], like: torch.Tensor | None = None
+) -> None:
+    """Rejects what is no tensor, has none of `dtypes`, or is on another device than `like`, the argument q."""
+    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    wanted = " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+    if not isinstance(x, torch.Tensor) or x.dtype not in dtypes:
+        reject(op, argument, x, f"a tensor of dtype {wanted}", TypeError)
+    if like is not None and x.device != like.device:
+        reject(op, argument, x, f"the device of q, {like.device}")
+
+
+def check_int(op: str, argument: str, x: object) -> None:
+    if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)):
+        reject(op, argument, x, "an int", TypeError)
+
+
+def bound(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], without: tuple[str, ...]
+) -> dict[str, Any]:
+    """Every argument of function(*args, **kwargs) by name, defaults included, but for those of `without`."""
+    call = inspect.signature(function).bind(*args, **kwargs)
+    call.apply_defaults()
+    return {name: value for name, value in call.arguments.items() if name not in without}

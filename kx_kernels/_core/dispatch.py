@@ -18,11 +18,13 @@ class Backend(NamedTuple):
 
     unsupported(problem): why it cannot serve this call, or None if it can.
     run(problem, ...): tensors in, fresh tensors out (or the operator's documented in-place form).
+    run_backward(problem, ...): gradients, where they are another computation than `run`.
     """
 
     name: str
     unsupported: Callable[[Any], str | None]
     run: Callable[..., Any]
+    run_backward: Callable[..., Any] | None = None
 
 
 class UnsupportedError(RuntimeError):

@@ -17,6 +17,7 @@ DTYPE_CODES = {
     torch.float16: 3,
     torch.int64: 4,
     torch.int32: 5,
+    torch.bool: 6,
 }
 
 RawTensor: TypeAlias = "tuple[int, int, torch.Size, tuple[int, ...]]"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 Call = dict[str, Any]  # the keyword arguments of one call of the public function
 
@@ -56,6 +57,7 @@ class OpSpec:
     cases: Mapping[str, Any]
     make: Callable[[Any, torch.dtype, torch.device, int], Call]
     example: str  # the case that documents and `python -m kx_kernels` show
+    differentiated: str  # the case whose first and second derivatives are compared with finite differences
     compiled: tuple[str, ...]  # cases that are compared under torch.compile
     bad_calls: Sequence[BadCall]
     flops: Callable[[Call], int]
@@ -68,8 +70,14 @@ class OpSpec:
         return self.make(self.cases[case], dtype, torch.device(device), seed)
 
     def cast(self, call: Call, dtype: torch.dtype) -> Call:
-        """The same call with its differentiable arguments in another dtype."""
-        return call | {n: call[n].to(dtype) for n in self.differentiable if call.get(n) is not None}
+        """The same call with its differentiable arguments in another dtype.
+
+        Those that are not of the dtype of the first of them, as wide states of narrow tensors are not, take the dtype
+        that arithmetic is done in.
+        """
+        given, wide = call[self.differentiable[0]].dtype, torch.promote_types(dtype, torch.float32)
+        change = {n: call[n] for n in self.differentiable if n in call}
+        return call | pytree.tree_map_only(torch.Tensor, lambda x: x.to(dtype if x.dtype == given else wide), change)
 
 
 def all_specs() -> list[OpSpec]:

@@ -265,6 +265,8 @@ def triton_code(spec: OpSpec) -> list[MachineCode]:
     """Its Triton kernels, compiled for the calls that `spec.codegen` names."""
     import triton
 
+    if "triton" not in spec.backends:
+        return []
     api = importlib.import_module(spec.function.__module__)
     backend = next(b for b in api.backends() if b.name == "triton")
 

@@ -8,13 +8,10 @@ import torch
 from torch import Tensor
 
 from ..._core import dispatch, memory
-from ..._core.checks import Description, reject
+from ..._core.checks import FLOATS, INDICES, Description, bound, check_int, check_tensor, reject
 from ._autograd import rotate
 from ._backends import backends
 from ._problem import RopeProblem
-
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-INDICES = (torch.int32, torch.int64)
 
 
 @overload
@@ -120,11 +117,9 @@ def rope(
     return outs[0] if k is None else (outs[0], outs[1])
 
 
-def problem(q, k, cos, sin, *, backend=None, inplace=False, **options) -> RopeProblem:
+def problem(*args, **kwargs) -> RopeProblem:
     """A call as its backends see it, checked."""
-    options = {"positions": None, "offset": 0, "cu_seqlens": None, "rotary_dim": None, "start": 0, **options}
-    options = {"interleaved": True, "inverse": False, **options}
-    return _checked(q, k, cos, sin, **options)
+    return _checked(**bound(rope, args, kwargs, without=("backend", "inplace")))
 
 
 def survey(*args, **kwargs) -> list[tuple[str, str | None]]:
@@ -150,34 +145,24 @@ def _checked(
     layout = "[total, H, D], as cu_seqlens is given" if packed else "[B, T, H, D]"
     xs = (q,) if k is None else (q, k)
     for name, x in zip("qk", xs, strict=False):
-        if not isinstance(x, Tensor):
-            reject("rope", name, x, "a tensor", TypeError)
-        if x.dtype not in FLOATS:
-            reject("rope", name, x, "dtype bfloat16, float16, float32 or float64", TypeError)
+        check_tensor("rope", name, x, FLOATS, q if isinstance(q, Tensor) else None)
         if x.dim() != (3 if packed else 4):
             reject("rope", name, x, f"shape {layout}")
     if k is not None:
         if k.dtype != q.dtype:
             reject("rope", "k", k, f"the dtype of q, {q.dtype}", TypeError)
-        if k.device != q.device:
-            reject("rope", "k", k, f"the device of q, {q.device}")
         if k.shape[:-2] != q.shape[:-2] or k.shape[-1] != q.shape[-1]:
             reject("rope", "k", k, f"the shape of q, {list(q.shape)}, but for the number of heads")
     *rows, _, head_dim = q.shape
     sequences = rows[0]
     if cu_seqlens is not None:
-        _check_index("cu_seqlens", cu_seqlens, q.device, (torch.int32,))
+        check_tensor("rope", "cu_seqlens", cu_seqlens, (torch.int32,), q)
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
             reject("rope", "cu_seqlens", cu_seqlens, "shape [B + 1], one more than there are sequences")
         sequences = cu_seqlens.shape[0] - 1
 
     for name, table in (("cos", cos), ("sin", sin)):
-        if not isinstance(table, Tensor):
-            reject("rope", name, table, "a tensor", TypeError)
-        if table.dtype not in FLOATS:
-            reject("rope", name, table, "dtype bfloat16, float16, float32 or float64", TypeError)
-        if table.device != q.device:
-            reject("rope", name, table, f"the device of q, {q.device}")
+        check_tensor("rope", name, table, FLOATS, q)
         if table.dim() not in (2, 3) or (table.dim() == 3 and table.shape[0] not in (1, sequences)):
             reject("rope", name, table, f"shape [P, R/2] or [B, P, R/2] with B = {sequences}")
         if table.requires_grad and torch.is_grad_enabled():
@@ -190,16 +175,14 @@ def _checked(
 
     table_length, half = cos.shape[-2:]
     if rotary_dim is not None:
-        if isinstance(rotary_dim, bool) or not isinstance(rotary_dim, (int, torch.SymInt)):
-            reject("rope", "rotary_dim", rotary_dim, "an int", TypeError)
+        check_int("rope", "rotary_dim", rotary_dim)
         if rotary_dim % 2 or rotary_dim < 0:
             reject("rope", "rotary_dim", rotary_dim, "an even number that is not negative")
         if rotary_dim > head_dim:
             reject("rope", "rotary_dim", rotary_dim, f"at most the head dimension D = {head_dim}")
         if half != rotary_dim // 2:
             reject("rope", "cos", cos, f"width R/2 = {rotary_dim // 2}, half of rotary_dim = {rotary_dim}")
-    if isinstance(start, bool) or not isinstance(start, (int, torch.SymInt)):
-        reject("rope", "start", start, "an int", TypeError)
+    check_int("rope", "start", start)
     if start < 0:
         reject("rope", "start", start, "a dimension of the head, 0 or more")
     if start + 2 * half > head_dim:
@@ -208,7 +191,7 @@ def _checked(
 
     first, offsets = 0, None
     if positions is not None:
-        _check_index("positions", positions, q.device, INDICES)
+        check_tensor("rope", "positions", positions, INDICES, q)
         if packed and positions.shape != q.shape[:1]:
             reject("rope", "positions", positions, f"shape [total] = {list(q.shape[:1])}")
         if not packed:
@@ -218,7 +201,7 @@ def _checked(
         if isinstance(offset, Tensor) or offset != 0:
             reject("rope", "offset", offset, "0, as positions is given and holds the position of every token")
     elif isinstance(offset, Tensor):
-        _check_index("offset", offset, q.device, INDICES)
+        check_tensor("rope", "offset", offset, INDICES, q)
         if offset.dim() != 1 or offset.shape[0] != sequences:
             reject("rope", "offset", offset, f"an int, or shape [B] = [{sequences}]")
         offsets = offset
@@ -230,16 +213,6 @@ def _checked(
             expected = f"offset + T at most the tables' length P = {table_length}; T = {rows[1]}"
             reject("rope", "offset" if first else "cos", first if first else cos, expected)
     return RopeProblem(xs, cos, sin, positions, offsets, cu_seqlens, first, start, bool(interleaved), bool(inverse))
-
-
-def _check_index(name: str, x: object, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> None:
-    wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-    if not isinstance(x, Tensor):
-        reject("rope", name, x, f"an {wanted} tensor", TypeError)
-    if x.dtype not in dtypes:
-        reject("rope", name, x, f"dtype {wanted}", TypeError)
-    if x.device != device:
-        reject("rope", name, x, f"the device of q, {device}")
 
 
 def _check_inplace(xs: tuple[Tensor, ...]) -> None:

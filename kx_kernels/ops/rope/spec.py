@@ -211,7 +211,7 @@ BAD_CALLS = (
         "offset",
         "every position to be in the tables",
     ),
-    BadCall("positions_type", _set(positions=3), TypeError, "positions", "an int32 or int64 tensor"),
+    BadCall("positions_type", _set(positions=3), TypeError, "positions", "a tensor of dtype int32 or int64"),
     BadCall("positions_dtype", _set(positions=torch.zeros(2, 7)), TypeError, "positions", "dtype int32 or int64"),
     BadCall(
         "positions_shape",
@@ -287,6 +287,7 @@ SPEC = OpSpec(
     cases=CASES,
     make=make,
     example="interleaved",
+    differentiated="interleaved",
     compiled=("interleaved", "half", "positions", "cu_seqlens"),
     bad_calls=BAD_CALLS,
     flops=flops,

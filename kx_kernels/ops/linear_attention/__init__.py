@@ -1,0 +1,1 @@
+"""Causal linear attention; its derivation is in the README beside this file."""

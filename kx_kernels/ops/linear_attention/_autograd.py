@@ -1,0 +1,92 @@
+"""The calculus of linear attention: the gradient recomputes all but the denominators, and has a gradient itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..._core import dispatch, library
+from ._backends import backends, differentiable_reference, reference_gradients, run, run_backward, with_leaves
+from ._problem import NUM_TENSORS
+from ._problem import LinearAttentionProblem as Problem
+
+Leaves = tuple[Tensor | None, ...]  # q, k, v, kv0 and z0
+
+
+class LinearAttention(torch.autograd.Function):
+    """Saves its inputs and the denominators."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Problem, backend: str, *leaves: Tensor | None) -> tuple[Tensor | None, ...]:
+        p = with_leaves(p, leaves)
+        o, denominator, kv, z = run(p, backend)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*p.tensors, denominator)
+        ctx.options, ctx.backend = p.options, backend
+        return o, kv, z
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(g is None for g in grads):
+            return (None,) * 7
+        *tensors, denominator = ctx.saved_tensors
+        p = Problem(*tensors, *ctx.options)
+        grad_o, grad_kv, grad_z = grads
+        if grad_o is None:  # a loss on the state alone
+            grad_o = p.q.new_zeros(()).expand(*p.q.shape[:-1], p.v.shape[-1])
+        leaves = (p.q, p.k, p.v, p.kv0, p.z0)
+        if torch.is_grad_enabled():
+            found = Gradient.apply(p, ctx.backend, denominator, *leaves, grad_o, grad_kv, grad_z)
+        else:
+            found = run_backward(p, ctx.backend, denominator, grad_o, grad_kv, grad_z)
+        return None, None, *found
+
+
+class Gradient(torch.autograd.Function):
+    """The gradient as a function of its own, whose gradient comes of the reference: quadratic in T."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Problem, backend: str, denominator: Tensor | None, *values: Tensor | None) -> Leaves:
+        p = with_leaves(p, values[:5])
+        ctx.save_for_backward(*p.tensors, *values[5:])
+        ctx.options = p.options
+        grad_o, grad_kv, grad_z = values[5:]
+        assert grad_o is not None
+        return tuple(run_backward(p, backend, denominator, grad_o, grad_kv, grad_z))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        p = Problem(*ctx.saved_tensors[:NUM_TENSORS], *ctx.options)
+        values = (p.q, p.k, p.v, p.kv0, p.z0, *ctx.saved_tensors[NUM_TENSORS:])
+        with torch.enable_grad():
+            values = tuple(None if x is None else x.detach().requires_grad_() for x in values)
+            first = reference_gradients(with_leaves(p, values[:5]), values[5:], create_graph=True)
+            pairs = [(y, g) for y, g in zip(first, grads, strict=True) if y is not None and g is not None]
+            found = iter(
+                torch.autograd.grad(
+                    [y for y, _ in pairs],
+                    [x for x in values if x is not None],
+                    [g for _, g in pairs],
+                    materialize_grads=True,
+                )
+            )
+        return None, None, None, *(None if x is None else next(found) for x in values)
+
+
+def attend(p: Problem, backend: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(o, kv, z), differentiable, by the shortest road that is correct for this call."""
+    leaves = (p.q, p.k, p.v, p.kv0, p.z0)
+    if library.needs_operator([x for x in p.tensors if x is not None]):
+        o, _, kv, z = torch.ops.kx.linear_attention(*p, backend)
+        return o, kv if p.with_state else None, z if p.with_state and p.normalize else None
+    if library.transforming():
+        dispatch.choose("linear_attention", backends(), backend, p)
+        return differentiable_reference(p)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves):
+        return LinearAttention.apply(p, backend, *leaves)
+    results = run(p, backend)
+    return results.o, results.kv, results.z

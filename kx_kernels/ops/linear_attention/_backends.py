@@ -1,0 +1,187 @@
+"""The backends of linear attention in the order that `auto` tries them, and the torch operators that run them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._core import dispatch, library
+from ._problem import (
+    FEATURE_MAPS,
+    NUM_TENSORS,
+    Gradients,
+    LinearAttentionProblem,
+    Results,
+    check_values,
+    empty_gradients,
+    empty_results,
+)
+
+Problem = LinearAttentionProblem
+
+
+def differentiable_reference(p: Problem) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(o, kv, z) by the reference, as torch's own operators, which autograd and torch.func see through."""
+    from .reference import linear_attention
+    from .state import LinearAttentionState
+
+    packed = p.cu_seqlens is not None
+
+    def rows(x: Tensor | None) -> Any:
+        return x[0] if packed and x is not None else x
+
+    result: Any = linear_attention(
+        rows(p.q),
+        rows(p.k),
+        rows(p.v),
+        causal=p.causal,
+        feature_map=FEATURE_MAPS[p.feature],
+        stabilizer=p.stabilizer,
+        normalize=p.normalize,
+        eps=p.eps,
+        scale=p.scale,
+        decay=p.decay,
+        rope=None if p.cos is None or p.sin is None else (p.cos, p.sin),
+        rope_offset=p.offset if p.offsets is None else p.offsets,
+        rope_interleaved=p.interleaved,
+        key_padding_mask=rows(p.mask),
+        cu_seqlens=p.cu_seqlens,
+        initial_state=None if p.kv0 is None else LinearAttentionState(p.kv0, p.z0),
+        return_state=p.with_state,
+    )
+    o, (kv, z) = result if p.with_state else (result, (None, None))
+    return o[None] if packed else o, kv, z
+
+
+def reference_gradients(p: Problem, grads: tuple[Tensor | None, ...], create_graph: bool) -> Gradients:
+    """The gradients of p.q, p.k, p.v, p.kv0 and p.z0, for those of o, kv and z."""
+    leaves = [x for x in (p.q, p.k, p.v, p.kv0, p.z0) if x is not None]
+    outs = [(y, g) for y, g in zip(differentiable_reference(p), grads, strict=True) if y is not None and g is not None]
+    found = torch.autograd.grad(
+        [y for y, _ in outs],
+        leaves,
+        [g for _, g in outs],
+        create_graph=create_graph,
+        materialize_grads=True,
+    )
+    return Gradients(*found, *(None,) * (5 - len(found)))
+
+
+def _run_reference(p: Problem) -> Results:
+    results = empty_results(p)
+    o, kv, z = differentiable_reference(p)
+    for out, y in zip(results, (o, None, kv, z), strict=True):
+        if out is not None and y is not None:
+            out.copy_(y)
+    if results.denominator is not None:
+        results.denominator.zero_()  # its gradient does not ask for them
+    return results
+
+
+def _run_reference_backward(
+    p: Problem, denominator: Tensor | None, grad_o: Tensor, grad_kv: Tensor | None, grad_z: Tensor | None
+) -> Gradients:
+    with torch.enable_grad():
+        leaves = [None if x is None else x.detach().requires_grad_() for x in (p.q, p.k, p.v, p.kv0, p.z0)]
+        found = reference_gradients(with_leaves(p, leaves), (grad_o, grad_kv, grad_z), create_graph=False)
+    gradients = empty_gradients(p)  # laid out as every backend's
+    for x, g in zip(gradients, found, strict=True):
+        if x is not None and g is not None:
+            x.copy_(g)
+    return gradients
+
+
+def with_leaves(p: Problem, leaves: Any) -> Problem:
+    """The same call of other q, k, v, kv0 and z0."""
+    q, k, v, kv0, z0 = leaves
+    return p._replace(q=q, k=k, v=v, kv0=kv0, z0=z0)
+
+
+@functools.cache
+def backends() -> tuple[dispatch.Backend, ...]:
+    from . import _native
+
+    return (
+        dispatch.Backend("cpu", _native.cpu_unsupported, _native.run_cpu, _native.run_cpu_backward),
+        dispatch.Backend("reference", lambda problem: None, _run_reference, _run_reference_backward),
+    )
+
+
+def run(p: Problem, backend: str) -> Results:
+    """Attends with no autograd."""
+    check_values(p)
+    return dispatch.choose("linear_attention", backends(), backend, p).run(p)
+
+
+def run_backward(
+    p: Problem,
+    backend: str,
+    denominator: Tensor | None,
+    grad_o: Tensor,
+    grad_kv: Tensor | None,
+    grad_z: Tensor | None,
+) -> Gradients:
+    """The gradients of a call whose forward pass gave `denominator`."""
+    chosen = dispatch.choose("linear_attention", backends(), backend, p)
+    assert chosen.run_backward is not None
+    return chosen.run_backward(p, denominator, grad_o, grad_kv, grad_z)
+
+
+# torch's operators return tensors, never None: what a call does not have is an empty one.
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? cos, Tensor? sin, Tensor? offsets, Tensor? mask, "
+    "Tensor? cu_seqlens, Tensor? kv0, Tensor? z0, int feature, float stabilizer, bool normalize, float eps, "
+    "float scale, bool causal, bool interleaved, SymInt offset, bool with_state, str backend"
+)
+_GRADIENTS = "Tensor? denominator, Tensor grad_o, Tensor? grad_kv, Tensor? grad_z"
+
+
+def _given(p: Problem, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    return tuple(p.q.new_empty(0, dtype=p.wide) if x is None else x for x in tensors)
+
+
+def _op(*arguments):
+    p = Problem(*arguments[:-1])
+    return _given(p, run(p, arguments[-1]))
+
+
+def _fake(*arguments):
+    p = Problem(*arguments[:-1])
+    return _given(p, empty_results(p))
+
+
+def _op_backward(*arguments):
+    p = Problem(*arguments[:-5])
+    return _given(p, run_backward(p, *arguments[-5:]))
+
+
+def _fake_backward(*arguments):
+    p = Problem(*arguments[:-5])
+    return _given(p, empty_gradients(p))
+
+
+def _op_setup(ctx, inputs, output):
+    *ctx.options, ctx.backend = inputs[NUM_TENSORS:]
+    ctx.save_for_backward(*inputs[:NUM_TENSORS], output[1])
+
+
+def _op_gradients(ctx, grad_o, grad_denominator, grad_kv, grad_z):
+    *tensors, denominator = ctx.saved_tensors
+    p = Problem(*tensors, *ctx.options)
+    given = (denominator if p.normalize else None, grad_o, grad_kv if p.with_state else None)
+    grad_z = grad_z if p.with_state and p.normalize else None
+    found = torch.ops.kx.linear_attention_backward(*p, ctx.backend, *given, grad_z)
+    q, k, v, kv0, z0 = found
+    return q, k, v, *(None,) * 6, *(None if p.kv0 is None else kv0, None if p.z0 is None else z0), *(None,) * 10
+
+
+library.register(f"linear_attention({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)", _op, _fake)
+library.register(
+    f"linear_attention_backward({_ARGUMENTS}, {_GRADIENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _op_backward,
+    _fake_backward,
+)
+torch.library.register_autograd("kx::linear_attention", _op_gradients, setup_context=_op_setup)

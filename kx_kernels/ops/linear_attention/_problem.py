@@ -1,0 +1,120 @@
+"""One call of linear attention, after the public function has checked it: what every backend is given."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+FEATURE_MAPS = ("identity", "elu1", "relu", "relu2", "exp")  # in the order of csrc/linear_attention/problem.h
+NUM_TENSORS = 11
+
+
+class LinearAttentionProblem(NamedTuple):
+    """Packed sequences are a batch of one; N is the number of sequences, packed or not."""
+
+    q: Tensor  # [B, T, H, D_k]
+    k: Tensor  # [B, T, H_k, D_k]
+    v: Tensor  # [B, T, H_k, D_v]
+    decay: Tensor | None  # [H_k], float64
+    cos: Tensor | None  # [P, R/2]
+    sin: Tensor | None
+    offsets: Tensor | None  # [N], int64: the position of a sequence's first token
+    mask: Tensor | None  # [B, T], bool: False for padding
+    cu_seqlens: Tensor | None  # [N + 1], int32
+    kv0: Tensor | None  # [N, H_k, D_k, D_v], without gaps, of the dtype that arithmetic is done in
+    z0: Tensor | None  # [N, H_k, D_k]
+
+    feature: int  # index in FEATURE_MAPS
+    stabilizer: float
+    normalize: bool
+    eps: float
+    scale: float
+    causal: bool
+    interleaved: bool
+    offset: int  # used where offsets is None
+    with_state: bool  # whether the states that the sequences end with are wanted
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[:NUM_TENSORS]  # type: ignore[return-value]
+
+    @property
+    def options(self) -> tuple:
+        return self[NUM_TENSORS:]
+
+    @property
+    def device(self) -> torch.device:
+        return self.q.device
+
+    @property
+    def sequences(self) -> int:
+        return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of sums, states and denominators."""
+        return torch.float64 if self.q.dtype == torch.float64 else torch.float32
+
+
+class Results(NamedTuple):
+    """What a forward pass gives."""
+
+    o: Tensor  # [B, T, H, D_v]
+    denominator: Tensor | None  # [B, T, H], of dtype `wide`, where normalised
+    kv: Tensor | None  # as kv0, where the state is wanted
+    z: Tensor | None  # as z0, where it is and there is one
+
+
+class Gradients(NamedTuple):
+    """What a backward pass gives."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    kv0: Tensor | None  # where there was one
+    z0: Tensor | None
+
+
+def empty_results(p: LinearAttentionProblem) -> Results:
+    batch, length, heads, key_dim = p.q.shape
+    kv_heads, value_dim = p.v.shape[2:]
+    wide: Any = {"dtype": p.wide, "device": p.device}
+    return Results(
+        torch.empty((batch, length, heads, value_dim), dtype=p.q.dtype, device=p.device),
+        torch.empty((batch, length, heads), **wide) if p.normalize else None,
+        torch.empty((p.sequences, kv_heads, key_dim, value_dim), **wide) if p.with_state else None,
+        torch.empty((p.sequences, kv_heads, key_dim), **wide) if p.with_state and p.normalize else None,
+    )
+
+
+def empty_gradients(p: LinearAttentionProblem) -> Gradients:
+    return Gradients(*(None if x is None else torch.empty_like(x) for x in (p.q, p.k, p.v, p.kv0, p.z0)))  # type: ignore[arg-type]
+
+
+def check_values(p: LinearAttentionProblem) -> None:
+    """On the CPU, where reading data waits for nothing: raises ValueError for values that no kernel could serve."""
+    if p.device.type != "cpu":
+        return
+    if p.decay is not None and not bool(((p.decay > 0) & (p.decay <= 1)).all()):
+        raise ValueError(
+            f"linear_attention: argument 'decay' holds {p.decay.tolist()}; expected factors above 0 and up to 1"
+        )
+    lengths = torch.full((p.sequences,), p.q.shape[1])
+    if p.cu_seqlens is not None:
+        lengths = p.cu_seqlens.diff()
+        first, last, total = int(p.cu_seqlens[0]), int(p.cu_seqlens[-1]), p.q.shape[1]
+        if first < 0 or last > total or bool((lengths < 0).any()):
+            raise ValueError(
+                f"linear_attention: argument 'cu_seqlens' is {p.cu_seqlens.tolist()}; expected ascending places "
+                f"between 0 and the number of tokens, {total}"
+            )
+    if p.cos is not None and p.sequences > 0:
+        starts = p.offsets if p.offsets is not None else p.offset
+        last = int(torch.where(lengths > 0, lengths + starts, 0).max()) - 1
+        if last >= p.cos.shape[0]:
+            raise ValueError(
+                f"linear_attention: argument 'rope' holds positions 0 to {p.cos.shape[0] - 1}; expected a table up to "
+                f"position {last}, which the tokens reach"
+            )

@@ -1,0 +1,344 @@
+"""The public function: its contract, its errors, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from ..._core import dispatch
+from ..._core.checks import FLOATS, INDICES, Description, bound, check_int, check_tensor, reject
+from ._autograd import attend
+from ._backends import backends
+from ._problem import FEATURE_MAPS, LinearAttentionProblem
+from .state import LinearAttentionState
+
+OP = "linear_attention"
+FeatureMap = str | Callable[[Tensor], Tensor]
+State = LinearAttentionState | tuple[Tensor, Tensor | None]
+
+
+@overload
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = ...,
+    feature_map: FeatureMap = ...,
+    stabilizer: float = ...,
+    normalize: bool = ...,
+    eps: float = ...,
+    scale: float = ...,
+    decay: Tensor | None = ...,
+    rope: tuple[Tensor, Tensor] | None = ...,
+    rope_offset: int | Tensor = ...,
+    rope_interleaved: bool = ...,
+    key_padding_mask: Tensor | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    initial_state: State | None = ...,
+    return_state: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = ...,
+    feature_map: FeatureMap = ...,
+    stabilizer: float = ...,
+    normalize: bool = ...,
+    eps: float = ...,
+    scale: float = ...,
+    decay: Tensor | None = ...,
+    rope: tuple[Tensor, Tensor] | None = ...,
+    rope_offset: int | Tensor = ...,
+    rope_interleaved: bool = ...,
+    key_padding_mask: Tensor | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    initial_state: State | None = ...,
+    return_state: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, LinearAttentionState]: ...
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    feature_map: FeatureMap = "elu1",
+    stabilizer: float = 0.0,
+    normalize: bool = True,
+    eps: float = 1e-6,
+    scale: float = 1.0,
+    decay: Tensor | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
+    rope_offset: int | Tensor = 0,
+    rope_interleaved: bool = True,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    initial_state: State | None = None,
+    return_state: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, LinearAttentionState]:
+    """Linear attention: of each query with the keys up to its own, in time and memory linear in their number.
+
+    o_i = Σ_{j ≤ i} (φ(q_i)·φ(k_j)) v_j / (Σ_{j ≤ i} φ(q_i)·φ(k_j) + eps), head by head.
+
+    | argument           | shape                                   | dtype            | meaning                       |
+    |--------------------|-----------------------------------------|------------------|-------------------------------|
+    | `q`                | [B, T, H, D_k] or [total, H, D_k]       | float            | queries; the second form with |
+    |                    |                                         |                  | `cu_seqlens`                  |
+    | `k`                | [B, T, H_k, D_k] or [total, H_k, D_k]   | as `q`           | keys; H is a multiple of H_k  |
+    | `v`                | [B, T, H_k, D_v] or [total, H_k, D_v]   | as `q`           | values                        |
+    | `decay`            | [H_k]                                   | float32, float64 | factor per token, in (0, 1]   |
+    | `rope`             | two of [P, R/2]                         | float            | cos and sin; see `rope_tables`|
+    | `rope_offset`      | int or [N]                              | int32, int64     | position of each first token  |
+    | `key_padding_mask` | [B, T] or [total]                       | bool             | False for padding             |
+    | `cu_seqlens`       | [N + 1]                                 | int32            | where packed sequences begin  |
+    | `initial_state`    | kv [N, H_k, D_k, D_v], z [N, H_k, D_k]  | float32; float64 | sums of the tokens before, and|
+    |                    |                                         | for float64 `q`  | z only where normalised       |
+
+    "float" is bfloat16, float16, float32 or float64, the tables' independently of q's. N is the number of sequences:
+    B, or the packed ones. Strides are free everywhere. Query head h reads head h // (H / H_k) of keys and values.
+
+    Padding has no features and no values: whatever its memory holds changes nothing, its outputs are 0 and the
+    gradients of its outputs are not looked at. Its place counts for `decay` and positions. Packed rows that belong to
+    no sequence are padding too.
+
+    Args:
+        causal: False lets each query attend to all keys of its sequence.
+        feature_map: φ. "identity", "elu1" (elu(x) + 1), "relu", "relu2" (relu squared), "exp", or a function that
+            q and k go through before the kernel; its attribute `kernel_map`, if any, names the map to apply after it.
+        stabilizer: what "exp" lowers the keys by before the exponential, and the queries if nothing is normalised. With
+            normalisation a query is lowered by its largest element, which its gradient takes as constant.
+        normalize: divide by the sum of weights. A row whose sum and eps are both 0 gives 0.
+        eps: added to the sum of weights.
+        scale: multiplies all weights; a normalised output does not depend on it.
+        decay: a key's weight falls by this factor with every token after it. No gradient; causal only.
+        rope: turns φ(q) and φ(k) by the angles of their positions in the numerator, not in the denominator, as RoFormer
+            does (equation 19): weights may be negative, and sum to less than 1.
+        rope_interleaved: pairs (0, 1), (2, 3), …; False pairs (i, i + R/2). As in `kx_kernels.rope`.
+        return_state: also return the state after the last token.
+        backend: "auto", "cuda", "triton", "cpu" or "reference"; None takes the choice of `kx_kernels.backend`.
+
+    Returns:
+        [B, T, H, D_v] or [total, H, D_v], new and without gaps, of q's dtype; with `return_state` also a
+        `LinearAttentionState`. Sums are in float32 (float64 for float64) and an output is rounded once. Differentiable
+        in q, k, v and the initial state, twice (the second gradient is quadratic in T).
+
+    Raises:
+        ValueError: a shape, size or value that does not fit.
+        TypeError: a dtype or type that does not fit.
+        UnsupportedError: the backend asked for by name cannot serve this call.
+
+    Source: Katharopoulos et al., "Transformers are RNNs" (arXiv:2006.16236), equations 8 to 12.
+    """
+    p = _checked(
+        q,
+        k,
+        v,
+        causal,
+        feature_map,
+        stabilizer,
+        normalize,
+        eps,
+        scale,
+        decay,
+        rope,
+        rope_offset,
+        rope_interleaved,
+        key_padding_mask,
+        cu_seqlens,
+        initial_state,
+        return_state,
+    )
+    o, kv, z = attend(p, dispatch.requested(backend))
+    if cu_seqlens is not None:
+        o = o[0]
+    if kv is None:
+        return o
+    return o, LinearAttentionState(kv, z)
+
+
+def problem(*args, **kwargs) -> LinearAttentionProblem:
+    """A call as its backends see it, checked."""
+    return _checked(**bound(linear_attention, args, kwargs, without=("backend",)))
+
+
+def survey(*args, **kwargs) -> list[tuple[str, str | None]]:
+    """For `kx_kernels.explain`: each backend, and why it cannot serve this call or None."""
+    return dispatch.survey(backends(), problem(*args, **kwargs))
+
+
+def _checked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    feature_map: FeatureMap,
+    stabilizer: float,
+    normalize: bool,
+    eps: float,
+    scale: float,
+    decay: Tensor | None,
+    rope: tuple[Tensor, Tensor] | None,
+    rope_offset: int | Tensor,
+    rope_interleaved: bool,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    initial_state: State | None,
+    return_state: bool,
+) -> LinearAttentionProblem:
+    """The call as a LinearAttentionProblem, or the error that names what is wrong with it."""
+    packed = cu_seqlens is not None
+    layout = "[total, H, D], as cu_seqlens is given" if packed else "[B, T, H, D]"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor(OP, name, x, FLOATS, q if isinstance(q, Tensor) else None)
+        if x.dim() != (3 if packed else 4):
+            reject(OP, name, x, f"shape {layout}")
+        if x.dtype != q.dtype:
+            reject(OP, name, x, f"the dtype of q, {q.dtype}", TypeError)
+    heads, key_dim = q.shape[-2:]
+    kv_heads, value_dim = v.shape[-2:]
+    if key_dim == 0:
+        reject(OP, "q", q, "a head dimension above 0")
+    if k.shape[:-2] != q.shape[:-2] or k.shape[-1] != key_dim:
+        reject(OP, "k", k, f"the shape of q, {list(q.shape)}, but for the number of heads")
+    if k.shape[-2] == 0 or heads % k.shape[-2]:
+        reject(OP, "k", k, f"a number of heads that divides that of q, {heads}")
+    if v.shape[:-1] != k.shape[:-1]:
+        reject(OP, "v", v, f"the shape of k, {list(k.shape)}, but for the head dimension")
+
+    sequences = q.shape[0]
+    if cu_seqlens is not None:
+        check_tensor(OP, "cu_seqlens", cu_seqlens, (torch.int32,), q)
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+            reject(OP, "cu_seqlens", cu_seqlens, "shape [N + 1], one more than there are sequences")
+        sequences = cu_seqlens.shape[0] - 1
+        cu_seqlens = cu_seqlens.contiguous()
+    mask = key_padding_mask
+    if mask is not None:
+        check_tensor(OP, "key_padding_mask", mask, (torch.bool,), q)
+        if mask.shape != q.shape[:-2]:
+            reject(OP, "key_padding_mask", mask, f"shape {list(q.shape[:-2])}, that of q without heads")
+
+    if callable(feature_map):
+        q, k = feature_map(q), feature_map(k)
+        for name, x in (("q", q), ("k", k)):
+            if x.shape[:-1] != (q if name == "q" else v).shape[:-1] or x.shape[-1] != q.shape[-1]:
+                reject(
+                    OP, "feature_map", Description(f"a function that makes {name} {list(x.shape)}"), "other features"
+                )
+        feature_map = getattr(feature_map, "kernel_map", "identity")
+        q, k, key_dim = q.to(v.dtype), k.to(v.dtype), q.shape[-1]
+    if feature_map not in FEATURE_MAPS:
+        reject(OP, "feature_map", feature_map, f"a function, or one of {', '.join(map(repr, FEATURE_MAPS))}")
+    for name, number in (("stabilizer", stabilizer), ("eps", eps), ("scale", scale)):
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            reject(OP, name, number, "a number", TypeError)
+    if eps < 0:
+        reject(OP, "eps", eps, "0 or more")
+
+    if decay is not None:
+        check_tensor(OP, "decay", decay, (torch.float32, torch.float64), q)
+        if decay.shape != (kv_heads,):
+            reject(OP, "decay", decay, f"shape [H_k] = [{kv_heads}]")
+        if not causal:
+            reject(OP, "decay", decay, "None, as causal=False gives the tokens no order")
+        _reject_gradient("decay", decay)
+        decay = decay.double().contiguous()
+    cos, sin, first, offsets = _checked_rope(q, rope, rope_offset, sequences, packed)
+    kv0, z0 = _checked_state(q, initial_state, (sequences, kv_heads, key_dim, value_dim), normalize)
+
+    if packed:
+        q, k, v = q[None], k[None], v[None]
+        mask = None if mask is None else mask[None]
+    return LinearAttentionProblem(
+        q,
+        k,
+        v,
+        decay,
+        cos,
+        sin,
+        offsets,
+        mask,
+        cu_seqlens,
+        kv0,
+        z0,
+        FEATURE_MAPS.index(feature_map),
+        float(stabilizer),
+        bool(normalize),
+        float(eps),
+        float(scale),
+        bool(causal),
+        bool(rope_interleaved),
+        first,
+        bool(return_state),
+    )
+
+
+def _reject_gradient(name: str, x: Tensor) -> None:
+    if x.requires_grad and torch.is_grad_enabled():
+        reject(OP, name, Description("a tensor that requires grad"), "one without: there is no gradient to it")
+
+
+def _checked_rope(
+    q: Tensor, rope: tuple[Tensor, Tensor] | None, offset: int | Tensor, sequences: int, packed: bool
+) -> tuple[Tensor | None, Tensor | None, int, Tensor | None]:
+    """cos, sin, and the first position as an int or by sequence."""
+    if rope is None:
+        if isinstance(offset, Tensor) or offset != 0:
+            reject(OP, "rope_offset", offset, "0, as rope is None")
+        return None, None, 0, None
+    if not isinstance(rope, (tuple, list)) or len(rope) != 2:
+        reject(OP, "rope", Description(f"a {type(rope).__name__}"), "a pair of tables, cos and sin", TypeError)
+    cos, sin = rope
+    for table in (cos, sin):
+        check_tensor(OP, "rope", table, FLOATS, q)
+        if table.dim() != 2 or table.shape != cos.shape or table.dtype != cos.dtype:
+            reject(OP, "rope", table, "two tables of one shape [P, R/2] and one dtype")
+        _reject_gradient("rope", table)
+    if 2 * cos.shape[1] > q.shape[-1]:
+        reject(OP, "rope", cos, f"width R/2 with R at most the number of features, {q.shape[-1]}")
+    if isinstance(offset, Tensor):
+        check_tensor(OP, "rope_offset", offset, INDICES, q)
+        if offset.shape != (sequences,):
+            reject(OP, "rope_offset", offset, f"an int, or shape [N] = [{sequences}]")
+        return cos, sin, 0, offset.long().contiguous()
+    check_int(OP, "rope_offset", offset)
+    if not packed and q.shape[1] > 0 and offset + q.shape[1] > cos.shape[0]:
+        expected = f"rope_offset + T at most the tables' length P = {cos.shape[0]}; T = {q.shape[1]}"
+        reject(OP, "rope_offset" if offset else "rope", offset if offset else cos, expected)
+    return cos, sin, offset, None
+
+
+def _checked_state(
+    q: Tensor, state: State | None, shape: tuple[int, ...], normalize: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    if state is None:
+        return None, None
+    if not isinstance(state, (tuple, list)) or len(state) != 2:
+        reject(OP, "initial_state", Description(f"a {type(state).__name__}"), "a pair of tensors, kv and z", TypeError)
+    kv, z = state
+    dtypes = (torch.float64 if q.dtype == torch.float64 else torch.float32,)
+    check_tensor(OP, "initial_state", kv, dtypes, q)
+    if kv.shape != shape:
+        reject(OP, "initial_state", kv, f"kv of shape [N, H_k, D_k, D_v] = {list(shape)}")
+    if not normalize:
+        if z is not None:
+            reject(OP, "initial_state", z, "no z, as normalize=False keeps none")
+        return kv.contiguous(), None
+    check_tensor(OP, "initial_state", z, dtypes, q)
+    assert z is not None
+    if z.shape != shape[:-1]:
+        reject(OP, "initial_state", z, f"z of shape [N, H_k, D_k] = {list(shape[:-1])}")
+    return kv.contiguous(), z.contiguous()
