@@ -65,13 +65,16 @@ def gradients(spec: OpSpec, function: Any, call: Call, weights: list[Tensor], **
     return list(torch.autograd.grad(outs, leaves, [w.to(o.dtype) for w, o in zip(weights, outs, strict=True)]))
 
 
-def exact_and_eager(spec: OpSpec, call: Call, dtype: torch.dtype, compute: Any) -> list[tuple[Tensor, Tensor]]:
-    """compute(call) in float64, and in the dtype under test (float32 for float64)."""
-    eager = torch.float32 if dtype == torch.float64 else dtype
-    return list(zip(compute(spec.cast(call, torch.float64)), compute(spec.cast(call, eager)), strict=True))
+def exact_and_eager(
+    spec: OpSpec, call: Call, dtype: torch.dtype, backend: str, compute: Any
+) -> list[tuple[Tensor, Tensor]]:
+    """compute(function, call) by the reference in float64, eagerly in the dtype under test (float64: float32)."""
+    narrow = spec.cast(call, torch.float32 if dtype == torch.float64 else dtype)
+    exact = compute(spec.reference, spec.cast(call, torch.float64))
+    return list(zip(exact, compute(spec.eager.get(backend, spec.reference), narrow), strict=True))
 
 
-def neighbours(spec: OpSpec, call: Call, dtype: torch.dtype, compute: Any, i: int) -> Any:
+def neighbours(spec: OpSpec, call: Call, dtype: torch.dtype, backend: str, compute: Any, i: int) -> Any:
     """What the i-th result of `compute` is for inputs up to 1 % off, in float64 and in the dtype under test."""
     generator = torch.Generator().manual_seed(0)
 
@@ -81,7 +84,7 @@ def neighbours(spec: OpSpec, call: Call, dtype: torch.dtype, compute: Any, i: in
 
     for _ in range(4):
         change = pytree.tree_map_only(Tensor, nearby, {n: call[n] for n in spec.differentiable if n in call})
-        yield exact_and_eager(spec, call | change, dtype, compute)[i]
+        yield exact_and_eager(spec, call | change, dtype, backend, compute)[i]
 
 
 @pytest.mark.parametrize("spec", specs())
@@ -115,12 +118,12 @@ def test_forward_and_backward_within_budget(lane, spec: OpSpec, case: str, dtype
     names = [f"output {i}" for i in range(len(outs))]
     names += [f"gradient of {n}" for n in tensors({n: call[n] for n in spec.differentiable if n in call})]
 
-    def reference(c: Call) -> list[Tensor]:
-        return flat(spec.reference(**c)) + gradients(spec, spec.reference, c, weights)
+    def compute(function: Any, c: Call) -> list[Tensor]:
+        return flat(function(**c)) + gradients(spec, function, c, weights)
 
-    pairs = exact_and_eager(spec, call, dtype, reference)
+    pairs = exact_and_eager(spec, call, dtype, lane.backend, compute)
     for i, (name, actual, (exact, eager)) in enumerate(zip(names, outs + grads, pairs, strict=True)):
-        near = functools.partial(neighbours, spec, call, dtype, reference, i)
+        near = functools.partial(neighbours, spec, call, dtype, lane.backend, compute, i)
         assert_within_budget(actual, exact, eager, name, near)
     for name, x in tensors(call).items():
         assert same_bits(x, before[name]), f"{name} was changed"

@@ -30,7 +30,7 @@ BELOW = {
     "_backends": {"_problem", "_native", "_triton", "reference", "state"},
     "_autograd": {"_problem", "_backends"},
     "api": {"_problem", "_backends", "_autograd", "state"},
-    "spec": {"api", "reference", "state", "tables"},
+    "spec": {"_problem", "api", "reference", "state", "tables"},
     "__init__": set(),
 }
 

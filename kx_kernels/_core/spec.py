@@ -27,7 +27,7 @@ class BadCall:
 
 @dataclass(frozen=True)
 class KernelPromise:
-    """What the machine code of some kernels has to show on every architecture, besides having no spills."""
+    """What the machine code of some kernels has to show on every architecture."""
 
     backend: str
     variant: str = ""  # a regular expression that its name or case matches
@@ -37,12 +37,15 @@ class KernelPromise:
     async_copies: bool = False  # and copies that go on while threads go on
     shared: int = 0  # bytes of shared memory that its launches ask for, at most
     blocks: int = 1  # that fit into a multiprocessor
+    may_spill: bool = False  # registers to memory
 
 
 @dataclass(frozen=True)
 class OpSpec:
     """One operator.
 
+    eager: for a backend whose errors are not held against those of the reference in the same dtype, what they are held
+        against: the reference with more of its steps in that dtype, as eager torch has them.
     make(case, dtype, device, seed): the arguments of a call, as keywords of `function` and of `reference`.
     flops(call), bytes(call): of the least work that computes it, counting each input and output once.
     """
@@ -53,6 +56,7 @@ class OpSpec:
     backends: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     cannot: Mapping[tuple[str, str, torch.dtype], str]  # (backend, device, dtype) -> regular expression of its reason
+    eager: Mapping[str, Callable[..., Any]]
     differentiable: tuple[str, ...]  # arguments that gradients reach
     cases: Mapping[str, Any]
     make: Callable[[Any, torch.dtype, torch.device, int], Call]
@@ -63,6 +67,7 @@ class OpSpec:
     flops: Callable[[Call], int]
     bytes: Callable[[Call], int]
     codegen: Callable[[], Mapping[str, Call]]  # calls, on the meta device, whose machine code is checked
+    launch_all: Callable[[Any, Any], Any]  # (backend, problem): launches each kernel that serves it
     promises: Sequence[KernelPromise]  # of their machine code; the first that matches a kernel counts
     growth: Mapping[str, Mapping[str, float]]  # quantity -> dimension -> exponent that the counts have to show
 

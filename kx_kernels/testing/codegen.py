@@ -96,7 +96,10 @@ class MachineCode:
             assert holds, f"{self.op} ({self.backend} {self.variant}, {self.architecture}): {what}"
 
         spilled = self.stack + self.local
-        expect(spilled == 0, f"{self.stack} bytes of stack, {self.local} local accesses; expected none")
+        expect(
+            spilled == 0 or promise.may_spill,
+            f"{self.stack} bytes of stack, {self.local} local accesses; expected none",
+        )
         most = promise.max_registers
         expect(self.registers <= most, f"{self.registers} registers; at most {most} expected")
         expect(self.wide >= promise.wide, f"{self.wide:.0%} of accesses move 16 bytes; {promise.wide:.0%} expected")
@@ -275,7 +278,7 @@ def triton_code(spec: OpSpec) -> list[MachineCode]:
         for architecture, machine in ARCHITECTURES.items():
             for variant, call in spec.codegen().items():
                 with _compiling_for(machine.triton) as compiled:
-                    backend.run(api.problem(**call), False)
+                    spec.launch_all(backend, api.problem(**call))
                 for kernel in compiled:
                     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
                         file.write(kernel.asm["cubin"])

@@ -13,11 +13,16 @@ from torch import Tensor
 
 @contextlib.contextmanager
 def poisoned_allocation() -> Iterator[None]:
-    """Within the block, torch.empty, empty_like and new_empty give memory full of NaN (integers: the minimum)."""
+    """Within the block, torch.empty, empty_like and new_empty give memory full of NaN.
+
+    Integers are the least there is, truth values True.
+    """
 
     def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def allocate_and_fill(*args: Any, **kwargs: Any) -> Tensor:
             x = allocate(*args, **kwargs)
+            if x.dtype == torch.bool:
+                return x.fill_(True)
             return x.fill_(torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).min)
 
         return allocate_and_fill

@@ -102,9 +102,10 @@ def with_leaves(p: Problem, leaves: Any) -> Problem:
 
 @functools.cache
 def backends() -> tuple[dispatch.Backend, ...]:
-    from . import _native
+    from . import _native, _triton
 
     return (
+        dispatch.Backend("triton", _triton.unsupported, _triton.run, _triton.run_backward),
         dispatch.Backend("cpu", _native.cpu_unsupported, _native.run_cpu, _native.run_cpu_backward),
         dispatch.Backend("reference", lambda problem: None, _run_reference, _run_reference_backward),
     )

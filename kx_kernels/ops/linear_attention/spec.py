@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._core.spec import BadCall, Call, OpSpec
+from ..._core.spec import BadCall, Call, KernelPromise, OpSpec
+from ._problem import LinearAttentionProblem
 from .api import linear_attention
+from .reference import eager
 from .reference import linear_attention as reference
 from .state import LinearAttentionState
 
@@ -134,6 +136,9 @@ CASES = {
     "transposed": replace(PLAIN, layout="transposed"),
     "packed_qkv": replace(PLAIN, layout="packed", length=17),
     "everything": replace(GROUPED, length=70, decay=True, rope="half", padding="holes", state="both", value_dim=24),
+    "everything_small": LinearAttentionCase(
+        length=5, heads=2, kv_heads=1, key_dim=4, value_dim=3, decay=True, rope="half", padding="holes", state="both"
+    ),
     "T0": replace(PLAIN, length=0, state="both"),
     "B0": replace(PLAIN, batch=0, state="both"),
     "T1": replace(PLAIN, length=1),
@@ -265,23 +270,45 @@ def bytes_(call: Call) -> int:
     return (q.numel() + k.numel() + v.numel() + v.numel() * q.shape[-2] // k.shape[-2]) * q.itemsize
 
 
+def codegen() -> dict[str, Call]:
+    """The head dimensions that the kernels are tuned for in every dtype of tensor cores, and forms that add code."""
+    calls = {}
+    for form in ("everything", "bidirectional_grouped", "packed_surplus", "exp", "D256"):
+        calls[f"form {form}"] = make(CASES[form], torch.bfloat16, torch.device("meta"), 0)
+    for dtype, dims in ((torch.bfloat16, (64, 128)), (torch.float16, (64, 128)), (torch.float32, (64,))):
+        for dim in dims:
+            case = LinearAttentionCase(batch=1, length=64, key_dim=dim, value_dim=dim, state="both")
+            calls[f"{str(dtype).removeprefix('torch.')} {dim}"] = make(case, dtype, torch.device("meta"), 0)
+    return calls
+
+
+def launch_all(backend: Any, problem: LinearAttentionProblem) -> None:
+    results = backend.run(problem)
+    backend.run_backward(problem, results.denominator, results.o, results.kv, results.z)
+
+
 SPEC = OpSpec(
     name="linear_attention",
     function=linear_attention,
     reference=reference,
-    backends=("cpu", "reference"),
+    backends=("triton", "cpu", "reference"),
     dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
-    cannot={},
+    cannot={("triton", "cpu", torch.bfloat16): "truncates to bfloat16"},
+    eager={"triton": eager},  # tensor cores take features of the tensors' dtype
     differentiable=("q", "k", "v", "initial_state"),
     cases=CASES,
     make=make,
     example="elu1",
-    differentiated="everything",
+    differentiated="everything_small",
     compiled=("elu1", "state_both", "everything", "packed_sequences"),
     bad_calls=BAD_CALLS,
     flops=flops,
     bytes=bytes_,
-    codegen=dict,
-    promises=(),
+    codegen=codegen,
+    launch_all=launch_all,
+    promises=(
+        KernelPromise("triton", "form", may_spill=True),
+        KernelPromise("triton", wide=0.7, tensor_core=True, async_copies=True),
+    ),
     growth={"flops": {"length": 1.0, "batch": 1.0}, "bytes": {"length": 1.0, "batch": 1.0}},
 )

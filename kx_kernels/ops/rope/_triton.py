@@ -2,56 +2,26 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..._core import triton
 from ._problem import RopeProblem
 
 BLOCK_H = 4  # heads that share the angles in a program's registers
 THREADS = 128
 
 
-def interpreted() -> bool:
-    """True where kernels run in Python, on CPU tensors: as triton was told when it was first imported."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
-
-
-@functools.cache
-def _installed() -> bool:
-    try:
-        return importlib.util.find_spec("triton") is not None
-    except ValueError:  # sys.modules["triton"] is None
-        return False
-
-
 def unsupported(p: RopeProblem) -> str | None:
-    if not _installed():
-        return "triton is not installed"
-    if p.device.type not in ("cuda", "xpu", "cpu"):
-        return f"the tensors are on {p.device}, which Triton has no kernels for"
-    if interpreted():
-        if p.xs[0].dtype == torch.bfloat16:
-            return "Triton's interpreter truncates to bfloat16 where it should round"
-    elif p.device.type == "cpu":
-        return "the tensors are on cpu, which it serves under TRITON_INTERPRET=1 only"
-    if _programs(p) >= 2**31:
-        return f"it would take {_programs(p)} programs; a launch holds at most {2**31 - 1}"
-    return None
+    return triton.unsupported(p.device, p.xs[0].dtype, _programs(p))
 
 
 def _block_t(p: RopeProblem) -> int:
     """Tokens per program: a thread has one 16-byte vector of each half of a head."""
-    half = _power_of_two(p.cos.shape[-1])
+    half = triton.power_of_two(p.cos.shape[-1])
     return min(max(THREADS * 16 // p.xs[0].element_size() // half, 1), 64)
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
 
 
 def _programs(p: RopeProblem) -> int:
@@ -109,8 +79,8 @@ def arguments(p: RopeProblem, outs: list[Tensor]) -> dict[str, Any]:
         "INTERLEAVED": p.interleaved,
         "INVERSE": p.inverse,
         "COPY": outs[0] is not q and head_dim > rotary_dim,
-        "HALF": _power_of_two(rotary_dim // 2),
-        "PASS": _power_of_two(head_dim - rotary_dim),
+        "HALF": triton.power_of_two(rotary_dim // 2),
+        "PASS": triton.power_of_two(head_dim - rotary_dim),
         "BLOCK_T": block_t,
         "BLOCK_H": BLOCK_H,
         "ACC": tl.float64 if q.dtype == torch.float64 else tl.float32,
@@ -128,9 +98,6 @@ def launch(p: RopeProblem, outs: list[Tensor]) -> None:
 
 def run(p: RopeProblem, inplace: bool) -> list[Tensor]:
     outs = list(p.xs) if inplace else [torch.empty_like(x) for x in p.xs]
-    if p.device.type == "cuda" and p.device.index != torch.cuda.current_device():
-        with torch.cuda.device(p.device):
-            launch(p, outs)
-    else:
+    with triton.on(p.device):
         launch(p, outs)
     return outs

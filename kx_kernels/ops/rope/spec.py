@@ -283,6 +283,7 @@ SPEC = OpSpec(
     backends=("cuda", "triton", "cpu", "reference"),
     dtypes=DTYPES,
     cannot={("triton", "cpu", torch.bfloat16): "truncates to bfloat16"},
+    eager={},
     differentiable=("q", "k"),
     cases=CASES,
     make=make,
@@ -293,6 +294,7 @@ SPEC = OpSpec(
     flops=flops,
     bytes=bytes_,
     codegen=codegen,
+    launch_all=lambda backend, problem: backend.run(problem, False),
     promises=(
         # Positions are scalars. A CUDA kernel has code for tables of four dtypes, in vectors and in scalars, of which a
         # call runs one.
