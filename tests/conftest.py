@@ -54,6 +54,11 @@ def lanes() -> list[Lane]:
     return [Lane(backend, "cpu") for backend in ("reference", "cpu", "triton", "cuda")]
 
 
+@pytest.fixture(autouse=True)
+def same_numbers_every_time() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=lanes(), ids=str)
 def lane(request: pytest.FixtureRequest) -> Iterator[Lane]:
     with request.param.ready():

@@ -141,7 +141,7 @@ CASES = {
     ),
     "T0": replace(PLAIN, length=0, state="both"),
     "B0": replace(PLAIN, batch=0, state="both"),
-    "T1": replace(PLAIN, length=1),
+    "T1": replace(PLAIN, length=1, state="both"),  # alone, its output does not depend on q and k
     "T15": replace(PLAIN, length=15),
     "T16": replace(PLAIN, length=16),
     "T17": replace(PLAIN, length=17),
