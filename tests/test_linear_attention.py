@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 import kx_kernels as kx
 from kx_kernels.ops.linear_attention.reference import linear_attention as reference
@@ -63,30 +64,27 @@ RELATIVES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(params=RELATIVES, name="how")
 def how_fixture(request: pytest.FixtureRequest, lane: Any) -> dict[str, Any]:
-    options = RELATIVES[request.param]
-    move: Callable[[Any], Any] = lambda x: x.to(lane.device) if isinstance(x, Tensor) else x  # noqa: E731
-    return {n: tuple(map(move, x)) if isinstance(x, tuple) else move(x) for n, x in options.items()} | {
-        "backend": lane.backend
-    }
+    options = pytree.tree_map_only(Tensor, lambda x: x.to(lane.device), RELATIVES[request.param])
+    return options | {"backend": lane.backend}
 
 
-def recurrent(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-6) -> Tensor:
-    """elu + 1, normalised, one token after the other, in float64."""
-    q, k, v = (x.double() for x in (q, k, v))
+def recurrent(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """elu + 1, normalised, one token after the other: outputs, kv and z."""
+    q, k, v = (x.to(dtype) for x in (q, k, v))
     a, b = torch.nn.functional.elu(q) + 1, torch.nn.functional.elu(k) + 1
-    state, z, outs = 0, 0, []
+    kv = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
+    z, outs = kv[..., 0], []
     for t in range(q.shape[1]):
-        state = state + b[:, t, :, :, None] * v[:, t, :, None, :]
+        kv = kv + b[:, t, :, :, None] * v[:, t, :, None, :]
         z = z + b[:, t]
-        numerator = torch.einsum("bhd,bhde->bhe", a[:, t], torch.as_tensor(state))
-        outs.append(numerator / ((a[:, t] * z).sum(-1, keepdim=True) + eps))
-    return torch.stack(outs, 1)
+        outs.append((a[:, t, :, None] @ kv)[:, :, 0] / ((a[:, t] * z).sum(-1, keepdim=True) + 1e-6))
+    return torch.stack(outs, 1), kv, z
 
 
 @pytest.mark.parametrize("length", [1, 64, 65, 130])
 def test_the_reference_is_the_recurrence(lane: Any, length: int) -> None:
     q, k, v = inputs(lane, 1, length, 2, 16)
-    exact = recurrent(q, k, v)
+    exact = recurrent(q, k, v)[0]
     torch.testing.assert_close(reference(q.double(), k.double(), v.double()), exact, rtol=1e-12, atol=1e-12)
     assert_agrees([attend(q, k, v, backend=lane.backend)], lambda *x: [reference(*x)], q, k, v)
 
@@ -270,6 +268,111 @@ def threads(count: int) -> Any:
     torch.set_num_threads(count)
     yield
     torch.set_num_threads(before)
+
+
+STEPS: dict[str, dict[str, Any]] = {
+    **RELATIVES,
+    "rope_half": {"rope": kx.rope_tables(200, 8), "rope_interleaved": False},
+    "relu2_decay": {"feature_map": "relu2", "decay": torch.tensor([0.5, 0.75])},
+    "exp_sum": {"feature_map": "exp", "stabilizer": 0.5, "normalize": False, "scale": 0.3},
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_steps_equal_the_whole(lane: Any, name: str, tokens: int) -> None:
+    """Outputs and states of 9 tokens, some at a time, for grouped heads and states in slots."""
+    how = {n: pytree.tree_map_only(Tensor, lambda x: x.to(lane.device), x) for n, x in STEPS[name].items()}
+    q = inputs(lane, 3, 9, 4, 16)[0]
+    _, k, v = inputs(lane, 3, 9, 2, 16, value_dim=20)
+    slots = torch.tensor([4, 0, 2], device=lane.device, dtype=torch.int32)
+    normalize = how.get("normalize", True)
+    kv, z = torch.zeros(5, 2, 16, 20, device=lane.device), torch.zeros(5, 2, 16, device=lane.device)
+    kv[[1, 3]], z[[1, 3]] = torch.nan, torch.nan  # of sequences that do not take part
+    outs = []
+    for t in range(0, 9, tokens):
+        now = slice(t, t + tokens)
+        where = {"rope_offset": t} if "rope" in how else {}
+        state = (kv, z if normalize else None)
+        step = kx.linear_attention_step
+        outs.append(step(q[:, now], k[:, now], v[:, now], state, slots=slots, backend=lane.backend, **how, **where))
+
+    def whole(*x: Tensor) -> list[Tensor]:
+        out, state = attend(*x, **how, return_state=True, backend="reference")
+        return [out, *(y for y in state if y is not None)]
+
+    used = slots.long()
+    assert_agrees([torch.cat(outs, 1), kv[used], *([z[used]] if normalize else [])], whole, q, k, v)
+    assert kv[[1, 3]].isnan().all()
+
+
+def test_steps_in_order_and_with_padding(lane: Any) -> None:
+    """Without slots the b-th state is the b-th sequence's; padding leaves it as it was."""
+    q, k, v = inputs(lane, 2, 1, 2, 16)
+    keep = torch.tensor([[True], [False]], device=lane.device)
+    state = kx.LinearAttentionState(*(torch.rand(2, 2, 16, *n, device=lane.device) for n in ((16,), ())))
+    before = [x.clone() for x in state]
+    out = kx.linear_attention_step(q, k, v, state, key_padding_mask=keep, backend=lane.backend)
+    assert not out[1].any()
+    for x, y in zip(state, before, strict=True):
+        assert same_bits(x[1], y[1])
+        assert not torch.equal(x[0], y[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_long_decode_keeps_its_sums(lane: Any, dtype: torch.dtype) -> None:
+    """8192 tokens one at a time equal the prefill: sums held in bfloat16 would have stopped growing at 256."""
+    if lane.backend != "cpu" and lane.device == "cpu":
+        pytest.skip("takes minutes")
+    q, k, v = inputs(lane, 1, 8192, 1, 64, dtype=dtype)
+    state = kx.LinearAttentionState(
+        torch.zeros(1, 1, 64, 64, device=lane.device), torch.zeros(1, 1, 64, device=lane.device)
+    )
+    outs = [
+        kx.linear_attention_step(q[:, t : t + 1], k[:, t : t + 1], v[:, t : t + 1], state, backend=lane.backend)
+        for t in range(8192)
+    ]
+
+    cpu = "cpu" if lane.device == "cpu" else lane.backend
+    exact = attend(q.double(), k.double(), v.double(), return_state=True, backend=cpu)
+    eager = recurrent(q, k, v, torch.float32)
+    results = zip((torch.cat(outs, 1), *state), (exact[0], *exact[1]), eager, strict=True)
+    for i, (actual, right, one_by_one) in enumerate(results):
+        assert_within_budget(actual, right, one_by_one.to(actual.dtype), f"result {i}")
+
+
+def test_a_step_compiles(lane: Any) -> None:
+    q, k, v = inputs(lane, 2, 1, 2, 16)
+    state = [torch.rand(2, 2, 16, *n, device=lane.device) for n in ((16,), ())]
+    states = [state, [x.clone() for x in state]]
+
+    def step(q: Tensor, k: Tensor, v: Tensor, kv: Tensor, z: Tensor) -> Tensor:
+        return kx.linear_attention_step(q, k, v, (kv, z), backend=lane.backend)
+
+    torch.compiler.reset()
+    outs = [step(q, k, v, *states[0]), torch.compile(step, fullgraph=True)(q, k, v, *states[1])]
+    assert same_bits(*outs)
+    for a, b in zip(*states, strict=True):
+        assert same_bits(a, b)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"state": torch.zeros(2)}, TypeError, "argument 'state' is a Tensor; expected a pair"),
+        ({"state": (torch.zeros(2, 2, 16, 16).mT, torch.zeros(2, 2, 16))}, ValueError, "'state' .*without gaps"),
+        ({"state": (torch.zeros(2, 2, 16, 16, requires_grad=True), None)}, ValueError, "use linear_attention to train"),
+        ({"slots": torch.zeros(2)}, TypeError, "'slots' .*dtype int32 or int64"),
+        ({"slots": torch.zeros(3, dtype=torch.long)}, ValueError, r"'slots' .*shape \[B\] = \[2\]"),
+        ({"slots": torch.tensor([1, 1])}, ValueError, r"'slots' is \[1, 1\]; expected different numbers of the 2"),
+        ({"slots": torch.tensor([0, 2])}, ValueError, "'slots' is"),
+    ],
+)
+def test_wrong_steps_are_named(change: dict[str, Any], error: type[Exception], says: str) -> None:
+    call = {"q": torch.ones(2, 1, 2, 16), "k": torch.ones(2, 1, 2, 16), "v": torch.ones(2, 1, 2, 16)}
+    call |= {"state": (torch.zeros(2, 2, 16, 16), torch.zeros(2, 2, 16))} | change
+    with pytest.raises(error, match=says):
+        kx.linear_attention_step(**call)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])

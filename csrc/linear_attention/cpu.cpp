@@ -161,9 +161,8 @@ class Worker {
 
   // Readies the thread for a span, with the state it starts from or null for a state of its own to fill.
   A* begin(const Span& span, A* state) {
-    const double decay = p.decay != nullptr ? p.decay[span.kv_head] : 1;
     for (int n = 0; n <= kChunk; ++n) {
-      power[n] = static_cast<A>(std::pow(decay, n));
+      power[n] = p.decay != nullptr ? static_cast<A>(std::pow(p.decay[span.kv_head], n)) : A{1};
     }
     return state != nullptr ? state : own_state;
   }
@@ -282,9 +281,13 @@ class Worker {
     }
   }
 
+  int64_t state_of(const Span& span) const {
+    return (p.slots != nullptr ? p.slots[span.sequence] : span.sequence) * p.kv_heads + span.kv_head;
+  }
+
   // The states that a sequence begins with, kv and z or null for zeros.
   void load_state(const void* kv, const void* z, const Span& span, A* state) const {
-    const int64_t at = span.sequence * p.kv_heads + span.kv_head;
+    const int64_t at = state_of(span);
     std::fill_n(state, state_size(), A{0});
     for (int d = 0; d < key_dim && kv != nullptr; ++d) {
       std::copy_n(static_cast<const A*>(kv) + (at * key_dim + d) * value_dim, value_dim, state + d * vw);
@@ -295,7 +298,7 @@ class Worker {
   }
 
   void store_state(const A* state, const Span& span, void* kv, void* z) const {
-    const int64_t at = span.sequence * p.kv_heads + span.kv_head;
+    const int64_t at = state_of(span);
     for (int d = 0; d < key_dim && kv != nullptr; ++d) {
       std::copy_n(state + d * vw, value_dim, static_cast<A*>(kv) + (at * key_dim + d) * value_dim);
     }

@@ -44,7 +44,7 @@ T* dense(const std::optional<Tensor>& x, DType dtype, const std::vector<int64_t>
 }  // namespace
 
 Problem make_problem(const Tensors& in, const Tensors& out, const Options& options, bool backward) {
-  KX_CHECK(in.size() == (backward ? 15u : 11u) && out.size() == (backward ? 6u : 4u),
+  KX_CHECK(in.size() == (backward ? 16u : 12u) && out.size() == (backward ? 6u : 4u),
            "linear_attention: wrong number of tensors");
   KX_CHECK(in[0] && in[1] && in[2], "linear_attention: q, k and v are needed");
   const Tensor &q = *in[0], &k = *in[1], &v = *in[2];
@@ -97,18 +97,20 @@ Problem make_problem(const Tensors& in, const Tensors& out, const Options& optio
     std::copy_n(cos.stride.data(), 2, p.cos_stride);
     std::copy_n(sin.stride.data(), 2, p.sin_stride);
   }
-  const std::vector<int64_t> kv{p.num_sequences, p.kv_heads, p.key_dim, p.value_dim};
-  const std::vector<int64_t> z{p.num_sequences, p.kv_heads, p.key_dim};
+  p.slots = dense<const int64_t>(in[11], DType::kInt64, {p.num_sequences});
+  const int64_t states = in[11] && in[9] ? in[9]->size[0] : p.num_sequences;
+  const std::vector<int64_t> kv{states, p.kv_heads, p.key_dim, p.value_dim};
+  const std::vector<int64_t> z{states, p.kv_heads, p.key_dim};
   const std::vector<int64_t> rows{p.batch, p.length, p.heads};
   p.kv0 = dense<const void>(in[9], exact, kv);
   p.z0 = dense<const void>(in[10], exact, z);
   if (backward) {
-    p.denominator = dense<void>(in[11], exact, rows);
-    KX_CHECK(in[12] && has_shape(*in[12], {p.batch, p.length, p.heads, p.value_dim}) && in[12]->dtype == p.dtype,
+    p.denominator = dense<void>(in[12], exact, rows);
+    KX_CHECK(in[13] && has_shape(*in[13], {p.batch, p.length, p.heads, p.value_dim}) && in[13]->dtype == p.dtype,
              "linear_attention: grad_o has the wrong shape");
-    p.grad_o = view(in[12]);
-    p.grad_kv = dense<const void>(in[13], exact, kv);
-    p.grad_z = dense<const void>(in[14], exact, z);
+    p.grad_o = view(in[13]);
+    p.grad_kv = dense<const void>(in[14], exact, kv);
+    p.grad_z = dense<const void>(in[15], exact, z);
     KX_CHECK(out[0] && out[1] && out[2], "linear_attention: the gradients have nowhere to go");
     p.grad_q = view(out[0]);
     p.grad_k = view(out[1]);
@@ -116,7 +118,7 @@ Problem make_problem(const Tensors& in, const Tensors& out, const Options& optio
     p.grad_kv0 = dense<void>(out[3], exact, kv);
     p.grad_z0 = dense<void>(out[4], exact, z);
     p.grad_denominator = dense<void>(out[5], exact, rows);
-    KX_CHECK(!p.normalize || (in[11] && out[5]), "linear_attention: a normalised backward pass needs the denominators");
+    KX_CHECK(!p.normalize || (in[12] && out[5]), "linear_attention: a normalised backward pass needs the denominators");
   } else {
     KX_CHECK(out[0] && has_shape(*out[0], {p.batch, p.length, p.heads, p.value_dim}) && out[0]->dtype == p.dtype,
              "linear_attention: o has the wrong shape");

@@ -38,9 +38,10 @@ struct Problem {
   int64_t offset;
   bool interleaved;
 
-  const void* kv0;  // [num_sequences, kv_heads, key_dim, value_dim], or null
-  const void* z0;   // [num_sequences, kv_heads, key_dim], or null
-  void* kv;         // the states that the sequences end with, or null
+  const void* kv0;       // [num_sequences, kv_heads, key_dim, value_dim], or null
+  const void* z0;        // [num_sequences, kv_heads, key_dim], or null
+  const int64_t* slots;  // [num_sequences]: the states that sequences have, if not in order, or null
+  void* kv;              // the states that the sequences end with, or null
   void* z;
   void* denominator;  // [B, T, heads], or null
 
@@ -62,7 +63,8 @@ using Options = std::tuple<int, double, bool, double, double, bool, bool, int64_
 
 using Tensors = std::vector<std::optional<Tensor>>;
 
-// `in`: q, k, v, decay, cos, sin, offsets, mask, cu_seqlens, kv0, z0. `out`: o, denominator, kv, z.
+// `in`: q, k, v, decay, cos, sin, offsets, mask, cu_seqlens, kv0, z0, slots. `out`: o, denominator, kv, z, of which the
+// last two may be kv0 and z0.
 void cpu(const Tensors& in, const Tensors& out, const Options& options, int num_threads);
 // `in` as above and denominator, grad_o, grad_kv, grad_z. `out`: grad_q, grad_k, grad_v, grad_kv0, grad_z0,
 // grad_denominator.

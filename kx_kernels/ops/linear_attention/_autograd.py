@@ -9,7 +9,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..._core import dispatch, library
-from ._backends import backends, differentiable_reference, reference_gradients, run, run_backward, with_leaves
+from ._backends import (
+    backends,
+    differentiable_reference,
+    reference_gradients,
+    run,
+    run_backward,
+    run_step,
+    with_leaves,
+)
 from ._problem import NUM_TENSORS
 from ._problem import LinearAttentionProblem as Problem
 
@@ -75,6 +83,14 @@ class Gradient(torch.autograd.Function):
                 )
             )
         return None, None, None, *(None if x is None else next(found) for x in values)
+
+
+def step(p: Problem, backend: str) -> Tensor:
+    """o, with the states after the call in the place of those before it."""
+    if library.needs_operator([x for x in p.tensors if x is not None]):
+        return torch.ops.kx.linear_attention_step(*p, backend)
+    with torch.no_grad():
+        return run_step(p, backend)
 
 
 def attend(p: Problem, backend: str) -> tuple[Tensor, Tensor | None, Tensor | None]:

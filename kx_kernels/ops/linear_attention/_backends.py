@@ -117,6 +117,35 @@ def run(p: Problem, backend: str) -> Results:
     return dispatch.choose("linear_attention", backends(), backend, p).run(p)
 
 
+def _run_reference_step(p: Problem) -> Tensor:
+    assert p.kv0 is not None
+    slots = torch.arange(p.sequences, device=p.device) if p.slots is None else p.slots
+    z0 = None if p.z0 is None else p.z0[slots]
+    o, kv, z = differentiable_reference(p._replace(kv0=p.kv0[slots], z0=z0, slots=None, with_state=True))
+    assert kv is not None
+    p.kv0.index_copy_(0, slots, kv)
+    if p.z0 is not None and z is not None:
+        p.z0.index_copy_(0, slots, z)
+    return o
+
+
+@functools.cache
+def step_backends() -> tuple[dispatch.Backend, ...]:
+    """Of the form that writes the new states over the old ones."""
+    from . import _native, _triton
+
+    return (
+        dispatch.Backend("triton", _triton.unsupported, _triton.run_step),
+        dispatch.Backend("cpu", _native.cpu_unsupported, _native.run_cpu_step),
+        dispatch.Backend("reference", lambda problem: None, _run_reference_step),
+    )
+
+
+def run_step(p: Problem, backend: str) -> Tensor:
+    check_values(p)
+    return dispatch.choose("linear_attention_step", step_backends(), backend, p).run(p)
+
+
 def run_backward(
     p: Problem,
     backend: str,
@@ -134,8 +163,8 @@ def run_backward(
 # torch's operators return tensors, never None: what a call does not have is an empty one.
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? cos, Tensor? sin, Tensor? offsets, Tensor? mask, "
-    "Tensor? cu_seqlens, Tensor? kv0, Tensor? z0, int feature, float stabilizer, bool normalize, float eps, "
-    "float scale, bool causal, bool interleaved, SymInt offset, bool with_state, str backend"
+    "Tensor? cu_seqlens, Tensor? kv0, Tensor? z0, Tensor? slots, int feature, float stabilizer, bool normalize, "
+    "float eps, float scale, bool causal, bool interleaved, SymInt offset, bool with_state, str backend"
 )
 _GRADIENTS = "Tensor? denominator, Tensor grad_o, Tensor? grad_kv, Tensor? grad_z"
 
@@ -176,9 +205,15 @@ def _op_gradients(ctx, grad_o, grad_denominator, grad_kv, grad_z):
     grad_z = grad_z if p.with_state and p.normalize else None
     found = torch.ops.kx.linear_attention_backward(*p, ctx.backend, *given, grad_z)
     q, k, v, kv0, z0 = found
-    return q, k, v, *(None,) * 6, *(None if p.kv0 is None else kv0, None if p.z0 is None else z0), *(None,) * 10
+    return q, k, v, *(None,) * 6, *(None if p.kv0 is None else kv0, None if p.z0 is None else z0), *(None,) * 11
 
 
+_IN_PLACE = _ARGUMENTS.replace("Tensor? kv0", "Tensor(a!)? kv0").replace("Tensor? z0", "Tensor(b!)? z0")
+library.register(
+    f"linear_attention_step({_IN_PLACE}) -> Tensor",
+    lambda *arguments: run_step(Problem(*arguments[:-1]), arguments[-1]),
+    lambda *arguments: empty_results(Problem(*arguments[:-1])).o,
+)
 library.register(f"linear_attention({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)", _op, _fake)
 library.register(
     f"linear_attention_backward({_ARGUMENTS}, {_GRADIENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",

@@ -30,6 +30,16 @@ def run_cpu(p: LinearAttentionProblem) -> Results:
     return results
 
 
+def run_cpu_step(p: LinearAttentionProblem) -> Tensor:
+    """Like run_cpu, with the states that sequences end with in the place of those they start from."""
+    o = empty_results(p).o
+    extension = native.load()
+    assert extension is not None
+    outputs = _raw(o, None, p.kv0, p.z0)
+    extension.linear_attention_cpu(_raw(*p.tensors), outputs, _options(p), torch.get_num_threads())
+    return o
+
+
 def run_cpu_backward(
     p: LinearAttentionProblem,
     denominator: Tensor | None,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 FEATURE_MAPS = ("identity", "elu1", "relu", "relu2", "exp")  # in the order of csrc/linear_attention/problem.h
-NUM_TENSORS = 11
+NUM_TENSORS = 12
 
 
 class LinearAttentionProblem(NamedTuple):
@@ -25,6 +25,7 @@ class LinearAttentionProblem(NamedTuple):
     cu_seqlens: Tensor | None  # [N + 1], int32
     kv0: Tensor | None  # [N, H_k, D_k, D_v], without gaps, of the dtype that arithmetic is done in
     z0: Tensor | None  # [N, H_k, D_k]
+    slots: Tensor | None  # [N], int64: which of the states in kv0 and z0 a sequence has, where they are not in order
 
     feature: int  # index in FEATURE_MAPS
     stabilizer: float
@@ -109,6 +110,13 @@ def check_values(p: LinearAttentionProblem) -> None:
             raise ValueError(
                 f"linear_attention: argument 'cu_seqlens' is {p.cu_seqlens.tolist()}; expected ascending places "
                 f"between 0 and the number of tokens, {total}"
+            )
+    if p.slots is not None and p.kv0 is not None:
+        used = p.slots.tolist()
+        if len(set(used)) < len(used) or not all(0 <= slot < p.kv0.shape[0] for slot in used):
+            raise ValueError(
+                f"linear_attention_step: argument 'slots' is {used}; expected different numbers of the "
+                f"{p.kv0.shape[0]} states"
             )
     if p.cos is not None and p.sequences > 0:
         starts = p.offsets if p.offsets is not None else p.offset

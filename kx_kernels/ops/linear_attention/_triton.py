@@ -78,6 +78,39 @@ class Launch:
         part = min(_block(outer), max(16, self.state // whole))
         return (whole, part, -(-outer // part)) if role in ("o", "e", "dv") else (part, whole, -(-outer // part))
 
+    def tensors(self, out: Tensor | None) -> dict[str, Any]:
+        p = self.p
+        return {
+            "q": _with_strides(p.q, 4),
+            "k": _with_strides(p.k, 4),
+            "v": _with_strides(p.v, 4),
+            "out": _with_strides(out, 4),
+            "decay_ptr": p.decay,
+            "tables": (_with_strides(p.cos, 2), _with_strides(p.sin, 2)),
+            "offsets_ptr": p.offsets,
+            "mask": _with_strides(p.mask, 2),
+        }
+
+    def numbers(self) -> dict[str, Any]:
+        p = self.p
+        heads = p.q.shape[2]
+        return {
+            "length": p.q.shape[1],
+            "heads": heads,
+            "table_length": 0 if p.cos is None else p.cos.shape[0],
+            "offset": p.offset,
+            "stabilizer": p.stabilizer,
+            "eps": p.eps,
+            "scale": p.scale,
+            "K": self.key_dim,
+            "V": self.value_dim,
+            "R": 0 if p.cos is None else 2 * p.cos.shape[1],
+            "INTERLEAVED": p.interleaved,
+            "FEATURE": FEATURE_MAPS[p.feature],
+            "NORMALIZE": p.normalize,
+            "GROUP": heads // p.k.shape[2],
+        }
+
     def __call__(
         self,
         role: str,
@@ -107,11 +140,9 @@ class Launch:
             return _with_strides(x, 4)
 
         arguments: dict[str, Any] = {
-            "q": _with_strides(p.q, 4),
-            "k": _with_strides(p.k, 4),
-            "v": _with_strides(p.v, 4),
+            **self.tensors(out),
+            **self.numbers(),
             "g": _with_strides(self.grad_o, 4),
-            "out": _with_strides(out, 4),
             "den_ptr": self.denominator,
             "e_ptr": self.e,
             "state_in": oriented(state[0]),
@@ -120,30 +151,12 @@ class Launch:
             "z_out": _with_strides(end[1], 3),
             "sums_ptr": sums,
             "z_sums_ptr": z_sums,
-            "decay_ptr": p.decay,
-            "tables": (_with_strides(p.cos, 2), _with_strides(p.sin, 2)),
-            "offsets_ptr": p.offsets,
-            "mask": _with_strides(p.mask, 2),
-            "cu_seqlens_ptr": p.cu_seqlens,
             "batches": batch,
-            "length": length,
-            "heads": heads,
             "segment": segment,
             "segments": segments,
-            "table_length": 0 if p.cos is None else p.cos.shape[0],
-            "offset": p.offset,
-            "stabilizer": p.stabilizer,
-            "eps": p.eps,
-            "scale": p.scale,
+            "cu_seqlens_ptr": p.cu_seqlens,
             "ROLE": role,
-            "K": self.key_dim,
-            "V": self.value_dim,
-            "R": 0 if p.cos is None else 2 * p.cos.shape[1],
-            "INTERLEAVED": p.interleaved,
-            "FEATURE": FEATURE_MAPS[p.feature],
-            "NORMALIZE": p.normalize,
             "CAUSAL": p.causal,
-            "GROUP": heads // kv_heads,
             "SLICES": slices,
             "E_PARTS": self.e_parts,
             "ALL_K": _block(self.key_dim),
@@ -188,3 +201,28 @@ def run_backward(
         launch("dk", gradients.k, (grad_kv, grad_z), (None, gradients.z0))
         launch("dv", gradients.v, (grad_kv, None), (gradients.kv0, None))
     return gradients
+
+
+def run_step(p: LinearAttentionProblem) -> Tensor:
+    from ._triton_kernel import linear_attention_step_kernel
+
+    o = empty_results(p).o
+    key_dim = p.q.shape[3]
+    batch, _, kv_heads, value_dim = p.v.shape
+    block_k = max(2, triton.power_of_two(key_dim))
+    launch = Launch(p, None, None)
+    programs = batch * kv_heads
+    with triton.on(p.device):
+        if programs > 0:
+            linear_attention_step_kernel[(programs,)](
+                **launch.tensors(o),
+                kv_ptr=p.kv0,
+                z_ptr=p.z0,
+                slots_ptr=p.slots,
+                **launch.numbers(),
+                BK=block_k,
+                BV=min(triton.power_of_two(value_dim), max(1, 4096 // block_k)),
+                ACC=launch.how["ACC"],
+                num_warps=4,
+            )
+    return o

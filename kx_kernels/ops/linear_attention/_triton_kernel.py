@@ -408,3 +408,72 @@ def linear_attention_kernel(
                     writes &= part == 0
                 z_ptr = z_out[0] + n * z_out[1] + kv_head * z_out[2] + k_dims * z_out[3]
                 tl.store(z_ptr, z, mask=(k_dims < K) & writes)
+
+
+@triton.jit(do_not_specialize=["length", "heads", "table_length", "offset", "stabilizer", "eps", "scale"])
+def linear_attention_step_kernel(
+    q, k, v, out, kv_ptr, z_ptr, slots_ptr, decay_ptr, tables, offsets_ptr, mask, length, heads, table_length, offset,
+    stabilizer, eps, scale, K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr,
+    FEATURE: tl.constexpr, NORMALIZE: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """One program: the tokens of one sequence, for a head of keys and the query heads that share it. The recurrence."""
+    pid = tl.program_id(0).to(tl.int64)
+    kv_heads = heads // GROUP
+    batch, kv_head = pid // kv_heads, pid % kv_heads
+    slot = batch
+    if slots_ptr is not None:
+        slot = tl.load(slots_ptr + batch)
+    state_row = slot * kv_heads + kv_head
+    gamma = tl.full([], 1.0, ACC)
+    if decay_ptr is not None:
+        gamma = tl.load(decay_ptr + kv_head).to(ACC)
+    k_columns = tl.arange(0, BK)
+    k_dims = k_columns  # in an order in which the pairs that RoPE turns are neighbours
+    if not INTERLEAVED:
+        k_dims = tl.where(k_columns < R, k_columns // 2 + k_columns % 2 * (R // 2), k_columns)
+    one = tl.arange(0, 1)
+
+    z = tl.zeros([1, BK], ACC)
+    for slice_of_v in range((V + BV - 1) // BV):
+        v_dims = slice_of_v * BV + tl.arange(0, BV)
+        at = (state_row * K + k_dims[:, None]) * V + v_dims[None, :]
+        real_state = (k_dims < K)[:, None] & (v_dims < V)[None, :]
+        state = tl.load(kv_ptr + at, mask=real_state, other=0)  # [BK, BV]
+        z = tl.zeros([1, BK], ACC)
+        if NORMALIZE:
+            z += tl.load(z_ptr + state_row * K + k_dims, mask=k_dims < K, other=0)[None, :]
+        for t in range(length):
+            rows = one + t  # [1]
+            keep = one == 0
+            if mask[0] is not None:
+                keep = tl.load(mask[0] + batch * mask[1] + rows * mask[2]) != 0
+            cos, sin = tl.full([1, BK // 2], 1.0, ACC), tl.zeros([1, BK // 2], ACC)
+            if R > 0:
+                position = rows + offset
+                if offsets_ptr is not None:
+                    position = rows + tl.load(offsets_ptr + batch)
+                cos, sin = _angles(tables, tl.where(keep, position, -1), 0, table_length, BK, R, ACC)
+            real = keep[:, None] & (k_dims < K)[None, :]
+            raw = _load_rows(k, batch, rows, keep, kv_head, k_dims, K).to(ACC)
+            b = _feature(raw, real, stabilizer, FEATURE, ACC, "ieee")  # [1, BK]
+            values = _load_rows(v, batch, rows, keep, kv_head, v_dims, V).to(ACC)  # [1, BV]
+            z = z * gamma + b
+            state = state * gamma + tl.trans(_turn(b, cos, sin, 1, BK)) * values
+            for h in range(GROUP):
+                head = kv_head * GROUP + h
+                raw = _load_rows(q, batch, rows, keep, head, k_dims, K).to(ACC)
+                lowest = _lowest(q, batch, rows, keep, head, stabilizer, K, FEATURE, NORMALIZE, BK, 1, ACC)
+                a = _feature(raw, real, lowest, FEATURE, ACC, "ieee")
+                total = tl.sum(tl.trans(_turn(a, cos, sin, 1, BK)) * state, 0)[None, :]  # [1, BV]
+                if NORMALIZE:
+                    den = tl.sum(a * z, 1)[:, None] + eps
+                    total = tl.where(den != 0, total / tl.where(den != 0, den, 1.0), 0.0)
+                else:
+                    total *= scale
+                total = tl.where(keep[:, None], total, 0.0)
+                out_ptr = out[0] + batch * out[1] + rows[:, None] * out[2] + head * out[3] + v_dims[None, :] * out[4]
+                tl.store(out_ptr, total.to(out[0].dtype.element_ty), mask=(v_dims < V)[None, :])
+        tl.store(kv_ptr + at, state, mask=real_state)
+    if NORMALIZE:
+        tl.store(z_ptr + state_row * K + k_dims, tl.reshape(z, [BK]), mask=k_dims < K)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..._core import dispatch
 from ..._core.checks import FLOATS, INDICES, Description, bound, check_int, check_tensor, reject
-from ._autograd import attend
+from ._autograd import attend, step
 from ._backends import backends
 from ._problem import FEATURE_MAPS, LinearAttentionProblem
 from .state import LinearAttentionState
@@ -169,9 +169,93 @@ def linear_attention(
     return o, LinearAttentionState(kv, z)
 
 
-def problem(*args, **kwargs) -> LinearAttentionProblem:
-    """A call as its backends see it, checked."""
-    return _checked(**bound(linear_attention, args, kwargs, without=("backend",)))
+def linear_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: State,
+    *,
+    slots: Tensor | None = None,
+    feature_map: FeatureMap = "elu1",
+    stabilizer: float = 0.0,
+    normalize: bool = True,
+    eps: float = 1e-6,
+    scale: float = 1.0,
+    decay: Tensor | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
+    rope_offset: int | Tensor = 0,
+    rope_interleaved: bool = True,
+    key_padding_mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """One or a few further tokens of each sequence: their outputs, and the states updated in place, in one launch.
+
+    What `linear_attention` gives for these tokens with `initial_state`, and the state it returns written over it. All
+    arguments not named here are as there.
+
+    | argument | shape                                            | dtype        | meaning                          |
+    |----------|--------------------------------------------------|--------------|----------------------------------|
+    | `q`      | [B, T, H, D_k]; `k` and `v` likewise             | float        | T new tokens, one as a rule      |
+    | `state`  | kv [S, H_k, D_k, D_v], z [S, H_k, D_k] (or None) | float32      | S states, without gaps; z only   |
+    |          |                                                  |              | where normalised                 |
+    | `slots`  | [B]                                              | int32, int64 | which state each sequence has;   |
+    |          |                                                  |              | None: the b-th, S = B            |
+
+    States are float64 for float64 `q`. Two sequences must not share a slot; a number that is no slot raises on the CPU
+    and is not looked for on a GPU, where it would make the call wait.
+
+    Returns:
+        [B, T, H, D_v], of q's dtype. There is no gradient: arguments that require one are refused under autograd.
+
+    Raises:
+        ValueError: a shape, size or value that does not fit.
+        TypeError: a dtype or type that does not fit.
+        UnsupportedError: the backend asked for by name cannot serve this call.
+    """
+    p = step_problem(
+        q,
+        k,
+        v,
+        state,
+        slots=slots,
+        feature_map=feature_map,
+        stabilizer=stabilizer,
+        normalize=normalize,
+        eps=eps,
+        scale=scale,
+        decay=decay,
+        rope=rope,
+        rope_offset=rope_offset,
+        rope_interleaved=rope_interleaved,
+        key_padding_mask=key_padding_mask,
+    )
+    return step(p, dispatch.requested(backend))
+
+
+def step_problem(q, k, v, state, *, slots=None, **options) -> LinearAttentionProblem:
+    """A call of linear_attention_step as its backends see it, checked."""
+    op = "linear_attention_step"
+    if not isinstance(state, (tuple, list)) or len(state) != 2:
+        reject(op, "state", Description(f"a {type(state).__name__}"), "a pair of tensors, kv and z", TypeError)
+    for name, x in (("q", q), ("k", k), ("v", v), ("state", state[0]), ("state", state[1])):
+        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+            given = Description("a tensor that requires grad")
+            reject(op, name, given, "one without, as the state is overwritten: use linear_attention to train")
+        if name == "state" and isinstance(x, Tensor) and not x.is_contiguous():
+            given = Description(f"of shape {list(x.shape)} with strides {list(x.stride())}")
+            reject(op, name, given, "tensors without gaps, as they are written in place")
+    if slots is not None:
+        check_tensor(op, "slots", slots, INDICES, q)
+        if slots.shape != q.shape[:1]:
+            reject(op, "slots", slots, f"shape [B] = {list(q.shape[:1])}")
+        slots = slots.long().contiguous()
+    p = problem(q, k, v, initial_state=state, _states=None if slots is None else state[0].shape[0], **options)
+    return p._replace(slots=slots)
+
+
+def problem(*args, _states=None, **kwargs) -> LinearAttentionProblem:
+    """A call as its backends see it, checked. `_states`: how many there are, if not as many as sequences."""
+    return _checked(**bound(linear_attention, args, kwargs, without=("backend",)), states=_states)
 
 
 def survey(*args, **kwargs) -> list[tuple[str, str | None]]:
@@ -197,6 +281,7 @@ def _checked(
     cu_seqlens: Tensor | None,
     initial_state: State | None,
     return_state: bool,
+    states: int | None = None,
 ) -> LinearAttentionProblem:
     """The call as a LinearAttentionProblem, or the error that names what is wrong with it."""
     packed = cu_seqlens is not None
@@ -257,7 +342,8 @@ def _checked(
         _reject_gradient("decay", decay)
         decay = decay.double().contiguous()
     cos, sin, first, offsets = _checked_rope(q, rope, rope_offset, sequences, packed)
-    kv0, z0 = _checked_state(q, initial_state, (sequences, kv_heads, key_dim, value_dim), normalize)
+    states = sequences if states is None else states
+    kv0, z0 = _checked_state(q, initial_state, (states, kv_heads, key_dim, value_dim), normalize)
 
     if packed:
         q, k, v = q[None], k[None], v[None]
@@ -274,6 +360,7 @@ def _checked(
         cu_seqlens,
         kv0,
         z0,
+        None,
         FEATURE_MAPS.index(feature_map),
         float(stabilizer),
         bool(normalize),
