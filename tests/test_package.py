@@ -65,9 +65,10 @@ def test_layers_import_downwards(file: Path) -> None:
 def test_shared_code_knows_no_operator() -> None:
     for file in (PACKAGE / "_core").glob("*.py"):
         assert not [n for n in imports(file) if n.startswith("kx_kernels.ops.")], file
-    for file in (PACKAGE / "nn").glob("*.py"):
-        inside = [n for n in imports(file) if n.startswith("kx_kernels.") and not n.startswith("kx_kernels.nn")]
-        assert all(n.split(".")[3] in ("api", "tables") for n in inside), file
+    for folder in ("nn", "compat"):
+        for file in (PACKAGE / folder).glob("*.py"):
+            inside = [n for n in imports(file) if n.startswith("kx_kernels.") and not n.startswith("kx_kernels.nn")]
+            assert all(n.split(".")[3] in ("api", "state", "tables") for n in inside), file
 
 
 def test_every_operator_has_a_spec_and_is_public() -> None:

@@ -1,5 +1,7 @@
 """Modules: parameters and state, no mathematics."""
 
+from .favor import FavorFeatures
+from .linear_attention import DecodingState, LinearAttention
 from .rotary import RotaryEmbedding
 
-__all__ = ["RotaryEmbedding"]
+__all__ = ["DecodingState", "FavorFeatures", "LinearAttention", "RotaryEmbedding"]

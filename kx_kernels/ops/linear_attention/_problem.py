@@ -78,12 +78,20 @@ class Gradients(NamedTuple):
     z0: Tensor | None
 
 
+def _empty_rows(p: LinearAttentionProblem) -> Tensor:
+    """[B, T, H, D_v], in memory [B, H, T, D_v] if q is."""
+    batch, length, heads, value_dim = *p.q.shape[:3], p.v.shape[3]
+    if p.q.stride(1) < p.q.stride(2):
+        return torch.empty((batch, heads, length, value_dim), dtype=p.q.dtype, device=p.device).transpose(1, 2)
+    return torch.empty((batch, length, heads, value_dim), dtype=p.q.dtype, device=p.device)
+
+
 def empty_results(p: LinearAttentionProblem) -> Results:
     batch, length, heads, key_dim = p.q.shape
     kv_heads, value_dim = p.v.shape[2:]
     wide: Any = {"dtype": p.wide, "device": p.device}
     return Results(
-        torch.empty((batch, length, heads, value_dim), dtype=p.q.dtype, device=p.device),
+        _empty_rows(p),
         torch.empty((batch, length, heads), **wide) if p.normalize else None,
         torch.empty((p.sequences, kv_heads, key_dim, value_dim), **wide) if p.with_state else None,
         torch.empty((p.sequences, kv_heads, key_dim), **wide) if p.with_state and p.normalize else None,

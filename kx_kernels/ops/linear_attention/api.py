@@ -131,9 +131,9 @@ def linear_attention(
         backend: "auto", "cuda", "triton", "cpu" or "reference"; None takes the choice of `kx_kernels.backend`.
 
     Returns:
-        [B, T, H, D_v] or [total, H, D_v], new and without gaps, of q's dtype; with `return_state` also a
-        `LinearAttentionState`. Sums are in float32 (float64 for float64) and an output is rounded once. Differentiable
-        in q, k, v and the initial state, twice (the second gradient is quadratic in T).
+        [B, T, H, D_v] or [total, H, D_v], new, of q's dtype, in memory [B, H, T, D_v] if q is; with `return_state` also
+        a `LinearAttentionState`. Sums are in float32 (float64 for float64) and an output is rounded once.
+        Differentiable in q, k, v and the initial state, twice (the second gradient is quadratic in T).
 
     Raises:
         ValueError: a shape, size or value that does not fit.

@@ -1,0 +1,104 @@
+"""Modules of linear attention: what they add to the function they call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kx_kernels as kx
+
+LAYERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "grouped": {"num_kv_heads": 2, "head_dim": 6, "value_dim": 10, "bias": True},
+    "rotary": {"rotary": kx.nn.RotaryEmbedding(8)},
+    "decay": {"decay": torch.tensor([0.5, 0.75, 0.875, 1.0]), "normalize": False, "feature_map": "identity"},
+    "favor": {"feature_map": kx.nn.FavorFeatures(8, 24)},
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_goes_on_token_by_token(name: str) -> None:
+    """Prefill and steps give what one call on all tokens gives, and a new state is the one before the first."""
+    layer = kx.nn.LinearAttention(32, 4, **LAYERS[name]).double()
+    x = torch.randn(2, 12, 32, dtype=torch.float64)
+    whole = layer(x)
+    first, state = layer.prefill(x[:, :5])
+    rest = [layer.step(x[:, t : t + 1], state) for t in range(5, 12)]
+    torch.testing.assert_close(torch.cat([first, *rest], 1), whole)
+    state = layer.new_state(2)
+    torch.testing.assert_close(torch.cat([layer.step(x[:, :3], state), layer.step(x[:, 3:], state)], 1), whole)
+    assert state.length == 12
+
+
+def test_layer_is_the_function_between_projections() -> None:
+    layer = kx.nn.LinearAttention(32, 4, num_kv_heads=2, causal=False)
+    x = torch.randn(2, 12, 32)
+    keep = torch.arange(12) < torch.tensor([[12], [7]])
+    q, k, v = (p(x).unflatten(-1, (-1, 8)) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    out = kx.linear_attention(q, k, v, causal=False, key_padding_mask=keep)
+    torch.testing.assert_close(layer(x, key_padding_mask=keep), layer.out_proj(out.flatten(-2)))
+    packed = layer(x.flatten(0, 1), cu_seqlens=torch.tensor([0, 12, 24], dtype=torch.int32))
+    torch.testing.assert_close(packed.unflatten(0, (2, 12)), layer(x))
+    with pytest.raises(ValueError, match="causal is False"):
+        layer.step(x, layer.new_state(2))
+
+
+def test_layer_keeps_its_decay_exact_and_trains() -> None:
+    decay = torch.tensor([1 - 2.0**-20, 0.5])
+    layer = kx.nn.LinearAttention(16, 2, decay=decay, feature_map="elu1").bfloat16()
+    x = torch.randn(1, 9, 16, dtype=torch.bfloat16, requires_grad=True)
+    layer(x).float().square().sum().backward()
+    assert layer.decay is decay
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in (x, *layer.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ({"embed_dim": 30, "num_heads": 4}, "num_heads is 4; expected a divisor of embed_dim = 30"),
+        ({"embed_dim": 32, "num_heads": 4, "num_kv_heads": 3}, "num_kv_heads is 3; expected a divisor of"),
+        ({"embed_dim": 32, "num_heads": 4, "rotary": kx.nn.RotaryEmbedding(4, start=2)}, "dimension 2; expected 0"),
+    ],
+)
+def test_wrong_layers_are_named(how: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        kx.nn.LinearAttention(**how)
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
+    ).transpose(1, 2)
+
+
+def test_favor_estimates_softmax_attention() -> None:
+    """The more features, the nearer: the error falls as one over the root of their number."""
+    q, k, v = (0.5 * torch.randn(1, 64, 2, 16, dtype=torch.float64) for _ in range(3))
+    exact = softmax_attention(q, k, v)
+
+    def error(features: int) -> float:
+        found = []
+        for seed in range(8):
+            favor = kx.nn.FavorFeatures(16, features, seed=seed)
+            found.append((kx.linear_attention(q, k, v, feature_map=favor, backend="reference") - exact).norm())
+        return float(torch.stack(found).mean())
+
+    few, many = error(16), error(1024)
+    assert many < few / 4
+    assert many < 0.1 * exact.norm()
+
+
+def test_favor_draws() -> None:
+    a, b, c = (kx.nn.FavorFeatures(16, seed=seed) for seed in (0, 0, 1))
+    assert a.num_features == 44  # 16 · ln 16
+    assert torch.equal(a.projection, b.projection)
+    assert not torch.equal(a.projection, c.projection)
+    rows = a.projection[:16] / a.projection[:16].norm(dim=1, keepdim=True)
+    torch.testing.assert_close(rows @ rows.T, torch.eye(16))
+    before = a.projection.clone()
+    a.redraw(seed=5)
+    assert not torch.equal(a.projection, before)
+    assert set(a.state_dict()) == {"projection"}
