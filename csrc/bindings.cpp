@@ -60,6 +60,8 @@ PYBIND11_MODULE(KX_MODULE_NAME, m) {
   m.attr("has_cuda") = true;
   m.attr("cuda_architectures") = KX_STRING(KX_CUDA_ARCHITECTURES);
   m.def("rope_cuda", &kx::rope::cuda);
+  m.def("linear_attention_cuda", &kx::linear_attention::cuda);
+  m.def("linear_attention_cuda_step", &kx::linear_attention::cuda_step);
 #ifdef KX_EMULATION
   m.def("set_seed", &kx::emulation::set_seed);
 #endif

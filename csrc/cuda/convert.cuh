@@ -57,6 +57,14 @@ __device__ inline uint32_t pack(float low, float high) {
 #endif
 }
 
+__device__ inline float as_float(uint32_t bits) {
+#ifdef KX_EMULATION
+  return float_of(bits);
+#else
+  return __uint_as_float(bits);
+#endif
+}
+
 // float32 rounded to the 10 bits of fraction that tensor cores use, ties away from zero.
 __device__ inline uint32_t to_tf32(float x) {
 #ifdef KX_EMULATION

@@ -9,9 +9,11 @@
 // The last parameter of a primitive: the line that calls it, for messages.
 #define KX_CALLER , ::kx::emulation::Location here = {}
 #define KX_ONLY_CALLER ::kx::emulation::Location here = {}
+#define KX_FROM_CALLER , here
 #else
 #define KX_CALLER
 #define KX_ONLY_CALLER
+#define KX_FROM_CALLER
 #endif
 
 // Code that only the machines of one generation understand: it compiles for others, and stops there if it is reached.

@@ -49,6 +49,39 @@ __device__ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], c
 #endif
 }
 
+// d += a · b of float32, its layout that of mma_m16n8k8_tf32: each factor rounded to TF32, or with kSplit as the sum of
+// two such numbers, the small products first. Split products are added to d by ordinary additions:
+// tensor cores cut off what they add.
+template <bool kSplit>
+__device__ inline void multiply_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2] KX_CALLER) {
+  uint32_t a_high[4], b_high[2];
+  for (int i = 0; i < 4; ++i) {
+    a_high[i] = to_tf32(a[i]);
+  }
+  for (int i = 0; i < 2; ++i) {
+    b_high[i] = to_tf32(b[i]);
+  }
+  if constexpr (kSplit) {
+    uint32_t a_low[4], b_low[2];
+    for (int i = 0; i < 4; ++i) {
+      a_low[i] = to_tf32(a[i] - as_float(a_high[i]));
+    }
+    for (int i = 0; i < 2; ++i) {
+      b_low[i] = to_tf32(b[i] - as_float(b_high[i]));
+    }
+    float sum[4] = {};
+    mma_m16n8k8_tf32(sum, a_low, b_low KX_FROM_CALLER);
+    mma_m16n8k8_tf32(sum, a_low, b_high KX_FROM_CALLER);
+    mma_m16n8k8_tf32(sum, a_high, b_low KX_FROM_CALLER);
+    mma_m16n8k8_tf32(sum, a_high, b_high KX_FROM_CALLER);
+    for (int i = 0; i < 4; ++i) {
+      d[i] += sum[i];
+    }
+  } else {
+    mma_m16n8k8_tf32(d, a_high, b_high KX_FROM_CALLER);
+  }
+}
+
 // Loads N (1, 2 or 4) 8×8 matrices of 16-bit elements from shared memory. Lane 8m + j gives the address of row j of
 // matrix m, 16 bytes, aligned to 16. Register m of lane l is row g, columns 2t and 2t + 1 of matrix m; transposed: rows
 // 2t and 2t + 1 of column g.

@@ -8,6 +8,7 @@
 #include <memory>
 #include <new>
 
+#include "../common/check.h"
 #include "../cpu/gemm.h"
 #include "../cpu/isa.h"
 #include "../cpu/simd.h"
@@ -868,6 +869,7 @@ void cpu(const Tensors& in, const Tensors& out, const Options& options, int num_
 
 void cpu_backward(const Tensors& in, const Tensors& out, const Options& options, int num_threads) {
   const Problem p = make_problem(in, out, options, true);
+  KX_CHECK(!p.normalize || out[5], "linear_attention: the gradients of the denominators have nowhere to go");
   KX_DISPATCH(run, p, true, num_threads);
 }
 

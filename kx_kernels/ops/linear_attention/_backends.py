@@ -105,6 +105,7 @@ def backends() -> tuple[dispatch.Backend, ...]:
     from . import _native, _triton
 
     return (
+        dispatch.Backend("cuda", _native.cuda_unsupported, _native.run_cuda, _native.run_cuda_backward),
         dispatch.Backend("triton", _triton.unsupported, _triton.run, _triton.run_backward),
         dispatch.Backend("cpu", _native.cpu_unsupported, _native.run_cpu, _native.run_cpu_backward),
         dispatch.Backend("reference", lambda problem: None, _run_reference, _run_reference_backward),
@@ -135,6 +136,7 @@ def step_backends() -> tuple[dispatch.Backend, ...]:
     from . import _native, _triton
 
     return (
+        dispatch.Backend("cuda", _native.cuda_unsupported, _native.run_cuda_step),
         dispatch.Backend("triton", _triton.unsupported, _triton.run_step),
         dispatch.Backend("cpu", _native.cpu_unsupported, _native.run_cpu_step),
         dispatch.Backend("reference", lambda problem: None, _run_reference_step),

@@ -102,6 +102,19 @@ def empty_gradients(p: LinearAttentionProblem) -> Gradients:
     return Gradients(*(None if x is None else torch.empty_like(x) for x in (p.q, p.k, p.v, p.kv0, p.z0)))  # type: ignore[arg-type]
 
 
+SEGMENT = 512  # tokens of a sequence that are worth a block of their own
+
+
+def segments_for(p: LinearAttentionProblem, blocks: int) -> int:
+    """Into how many parts sequences are cut, so that `blocks` of them at a time fill a GPU."""
+    if p.device.type != "cuda":
+        return 1
+    processors = torch.cuda.get_device_properties(p.device).multi_processor_count
+    if blocks >= processors:
+        return 1
+    return min(-(-2 * processors // max(blocks, 1)), max(p.q.shape[1] // SEGMENT, 1))
+
+
 def check_values(p: LinearAttentionProblem) -> None:
     """On the CPU, where reading data waits for nothing: raises ValueError for values that no kernel could serve."""
     if p.device.type != "cpu":

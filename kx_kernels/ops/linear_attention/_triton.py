@@ -8,9 +8,17 @@ import torch
 from torch import Tensor
 
 from ..._core import triton
-from ._problem import FEATURE_MAPS, Gradients, LinearAttentionProblem, Results, empty_gradients, empty_results
+from ._problem import (
+    FEATURE_MAPS,
+    SEGMENT,
+    Gradients,
+    LinearAttentionProblem,
+    Results,
+    empty_gradients,
+    empty_results,
+    segments_for,
+)
 
-SEGMENT = 512  # tokens that are worth a program of their own
 MAX_DIM = 256
 
 
@@ -24,19 +32,11 @@ def unsupported(p: LinearAttentionProblem) -> str | None:
 def _sizes(p: LinearAttentionProblem) -> tuple[int, int]:
     """Tokens of a chunk, and numbers of a state that a program keeps: as many as registers hold.
 
-    Read from the machine code for sm_80, sm_90a and sm_100a: no spills for heads of up to 128 (float32: 64).
+    Read from the machine code for sm_80, sm_90a and sm_100a: no spills for heads of up to 128 in 16 bits.
     """
     if triton.interpreted():  # whose time goes by operations, not by numbers
         return 64, 8192
     return 32 if p.q.dtype == torch.bfloat16 else 16, 4096 if p.q.element_size() == 2 else 2048
-
-
-def segments_of(p: LinearAttentionProblem, programs: int) -> int:
-    """Into how many parts sequences are cut so that `programs` of them at a time fill the machine."""
-    if p.device.type != "cuda":
-        return 1
-    processors = torch.cuda.get_device_properties(p.device).multi_processor_count
-    return min(-(-2 * processors // max(programs, 1)), max(p.q.shape[1] // SEGMENT, 1)) if programs < processors else 1
 
 
 def _block(dim: int) -> int:
@@ -73,10 +73,10 @@ class Launch:
 
     def slices(self, role: str) -> tuple[int, int, int]:
         """Widths of the columns of keys and of values in one program, and how many programs a head takes."""
-        inner, outer = (self.key_dim, self.value_dim) if role in ("o", "e", "dv") else (self.value_dim, self.key_dim)
+        inner, outer = (self.key_dim, self.value_dim) if role in ("o", "dv") else (self.value_dim, self.key_dim)
         whole = _block(inner)
         part = min(_block(outer), max(16, self.state // whole))
-        return (whole, part, -(-outer // part)) if role in ("o", "e", "dv") else (part, whole, -(-outer // part))
+        return (whole, part, -(-outer // part)) if role in ("o", "dv") else (part, whole, -(-outer // part))
 
     def tensors(self, out: Tensor | None) -> dict[str, Any]:
         p = self.p
@@ -126,8 +126,8 @@ class Launch:
         kv_heads = p.k.shape[2]
         block_k, block_v, slices = self.slices(role)
         reverse = role in ("dk", "dv")
-        turned = role in ("dq", "dk")  # the state's columns are those of keys
-        segments = segments_of(p, p.sequences * slices * (kv_heads if reverse else heads))
+        turned = role in ("dq", "dk", "e")  # the state's columns are those of keys
+        segments = segments_for(p, p.sequences * slices * (kv_heads if reverse else heads))
         segment = self.block_t * max(1, -(-length // (self.block_t * segments)))
         sums = z_sums = None
         if segments > 1 or not p.causal:

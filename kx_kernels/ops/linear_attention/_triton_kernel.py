@@ -138,7 +138,7 @@ def _meet(
     den = tl.full([BT], 1.0, ACC)
     e = tl.zeros([BT], ACC)
     x, y, w = values, values, turned_b  # dq, where only its sum is asked for
-    if ROLE == "o" or ROLE == "e":
+    if ROLE == "o":
         y, w = turned_b, values
     a = b
     turned_a = b
@@ -149,7 +149,7 @@ def _meet(
         turned_a = a
         if R > 0:
             turned_a = _turn(a.to(ACC), cos, sin, BT, BK).to(DOT)
-        if ROLE == "o" or ROLE == "e":
+        if ROLE == "o":
             x = turned_a
         else:
             if NORMALIZE:
@@ -160,7 +160,7 @@ def _meet(
             if NORMALIZE and (ROLE == "dk" or (ROLE == "dq" and SLICES > 1)):
                 for m in tl.static_range(E_PARTS):
                     e += tl.load(e_ptr + m * (batches * length * heads) + row, mask=keep, other=0)
-            if ROLE == "dq":
+            if ROLE == "dq" or ROLE == "e":
                 x = grad
             elif ROLE == "dk":
                 x, y, w = values, grad, turned_a
@@ -184,10 +184,8 @@ def _meet(
                 if part == 0:
                     tl.store(den_ptr + row, den, mask=inside)
             elif ROLE == "e":
-                inverse = _inverse(tl.load(den_ptr + row, mask=keep, other=0))
-                grad = _load_rows(g, batch, rows, keep, q_head, v_dims, V).to(ACC)
-                share = tl.sum(grad * total, 1) * inverse * inverse
-                tl.store(e_ptr + part * (batches * length * heads) + row, -share, mask=inside)
+                share = -tl.sum(total * turned_a.to(ACC), 1) * inverse
+                tl.store(e_ptr + part * (batches * length * heads) + row, share, mask=inside)
             elif ROLE == "dq":
                 if SLICES == 1:
                     e = -tl.sum(total * turned_a.to(ACC), 1) * inverse
@@ -227,10 +225,11 @@ def linear_attention_kernel(
 
     q, k, v, g = grad_o, out: (pointer, strides of b, t, h, d). state_in, state_out, z_in, z_out: (pointer, strides of
     n, h and of the columns of x and w). SUM: writes the sums over the segment to sums_ptr and z_sums_ptr, nothing else.
-    ROLE "e" is "o" up to the numerators, of which it makes a slice's part of e. ALL_K: K to the next power of two.
+    ROLE "e" is "dq" up to the gradients of turned features, of which it makes a slice's part of e. ALL_K: K to the next
+    power of two.
     """
     REVERSE: tl.constexpr = ROLE == "dk" or ROLE == "dv"
-    K_INNER: tl.constexpr = ROLE == "o" or ROLE == "e" or ROLE == "dv"  # x and y are features, w are values
+    K_INNER: tl.constexpr = ROLE == "o" or ROLE == "dv"  # x and y are features, w are values
     HAS_Z: tl.constexpr = NORMALIZE and ROLE != "dv"
     BX: tl.constexpr = BK if K_INNER else BV
     BW: tl.constexpr = BV if K_INNER else BK

@@ -15,6 +15,19 @@ from ..rope.reference import rope as rotate
 from .state import LinearAttentionState
 
 
+class _HeldGradient(torch.autograd.Function):
+    """x, whose gradient is rounded to a dtype: as that of x is where x is held in it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = dtype
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.dtype).to(grad.dtype), None
+
+
 def feature(x: Tensor, name: str, stabilizer: float) -> Tensor:
     """φ(x), element by element."""
     if name == "elu1":
@@ -72,7 +85,7 @@ def linear_attention(
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor | tuple[Tensor, LinearAttentionState]:
-    """The same with features held in the dtype of the tensors, as torch's own operators would give them."""
+    """The same with features, scores and the gradients of sums held in the tensors' dtype, as eager torch would."""
     call = inspect.signature(linear_attention).bind(q, k, v, **options)
     call.apply_defaults()
     return _attend(**call.arguments, held=q.dtype)
@@ -153,7 +166,10 @@ def _attend(
         if decay is not None:
             gamma = decay.to(exact).repeat_interleave(group)[:, None]  # [H, 1]
             weight = weight * gamma[..., None] ** apart.clamp(min=0)
-        numerator = torch.einsum("bihd,bjhd,hij,bjhe->bihe", ra, rb, weight, values)
+        scores = torch.einsum("bihd,bjhd->bhij", ra, rb) * weight
+        if held is not None:
+            scores = scores.to(held).to(exact)
+        numerator = torch.einsum("bhij,bjhe->bihe", scores, values)
         denominator = torch.einsum("bihd,bjhd,hij->bih", a, b, weight) if normalize else None
 
         members = member.to(exact)
@@ -169,6 +185,9 @@ def _attend(
             if denominator is not None and z0 is not None:
                 before = lead(z0.to(exact).repeat_interleave(group, 1))
                 denominator = denominator + torch.einsum("bihd,ni,hi,bnhd->bih", a, members, kept_rows, before)
+        if held is not None:
+            numerator = _HeldGradient.apply(numerator, held)
+            denominator = None if denominator is None else _HeldGradient.apply(denominator, held)
         if denominator is None:
             out = scale * numerator
         else:

@@ -149,7 +149,7 @@ CASES = {
     "T64": replace(PLAIN, length=64, batch=1),
     "T65": replace(PLAIN, length=65, batch=1),
     "T127": replace(PLAIN, length=127, batch=1, heads=1, kv_heads=1),
-    "D1": replace(PLAIN, key_dim=1, value_dim=1),
+    "D1": replace(PLAIN, key_dim=1, value_dim=1, normalize=False),  # else its output does not depend on q
     "D32": replace(PLAIN, key_dim=32, value_dim=32),
     "D48": replace(PLAIN, key_dim=48, value_dim=80, length=20, batch=1),
     "D60": replace(PLAIN, key_dim=60, value_dim=60, length=20, batch=1),
@@ -273,7 +273,7 @@ def bytes_(call: Call) -> int:
 def codegen() -> dict[str, Call]:
     """The head dimensions that the kernels are tuned for in every dtype of tensor cores, and forms that add code."""
     calls = {}
-    for form in ("everything", "bidirectional_grouped", "packed_surplus", "exp", "D256"):
+    for form in ("everything", "bidirectional_grouped", "packed_surplus"):
         calls[f"form {form}"] = make(CASES[form], torch.bfloat16, torch.device("meta"), 0)
     for dtype, dims in ((torch.bfloat16, (64, 128)), (torch.float16, (64, 128)), (torch.float32, (64,))):
         for dim in dims:
@@ -291,10 +291,14 @@ SPEC = OpSpec(
     name="linear_attention",
     function=linear_attention,
     reference=reference,
-    backends=("triton", "cpu", "reference"),
+    backends=("cuda", "triton", "cpu", "reference"),
     dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
-    cannot={("triton", "cpu", torch.bfloat16): "truncates to bfloat16"},
-    eager={"triton": eager},  # tensor cores take features of the tensors' dtype
+    cannot={
+        ("triton", "cpu", torch.bfloat16): "truncates to bfloat16",
+        ("cuda", "cpu", torch.float64): "those of tensor cores",
+        ("cuda", "cuda", torch.float64): "those of tensor cores",
+    },
+    eager={"cuda": eager, "triton": eager},  # tensor cores take operands of the tensors' dtype
     differentiable=("q", "k", "v", "initial_state"),
     cases=CASES,
     make=make,
@@ -307,7 +311,11 @@ SPEC = OpSpec(
     codegen=codegen,
     launch_all=launch_all,
     promises=(
+        KernelPromise("cuda", "step"),
+        KernelPromise("cuda", " 256", tensor_core=True, shared=160 << 10, may_spill=True),
+        KernelPromise("cuda", tensor_core=True, shared=96 << 10),
         KernelPromise("triton", "form", may_spill=True),
+        KernelPromise("triton", "float32", wide=0.7, tensor_core=True, async_copies=True, may_spill=True),
         KernelPromise("triton", wide=0.7, tensor_core=True, async_copies=True),
     ),
     growth={"flops": {"length": 1.0, "batch": 1.0}, "bytes": {"length": 1.0, "batch": 1.0}},
