@@ -1,0 +1,263 @@
+// Linear attention's CUDA kernels on the CPU, on random problems whose buffers end where their last element ends: no
+// access past them (AddressSanitizer), no race (the race checker), every result written, the same bits under every
+// schedule. Whether they are the right ones is asked in tests/test_contract.py.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+
+#include "../common/half.h"
+#include "../emulation/test.h"
+#include "problem.h"
+
+namespace kx::linear_attention {
+namespace {
+
+using Random = std::mt19937_64;
+using Sizes = std::vector<int64_t>;
+
+int64_t draw(Random& random, int64_t low, int64_t high) {
+  return std::uniform_int_distribution<int64_t>(low, high)(random);
+}
+bool toss(Random& random) { return draw(random, 0, 1) == 1; }
+
+void write(DType dtype, char* to, double x) {
+  switch (dtype) {
+    case DType::kFloat64:
+      std::memcpy(to, &x, sizeof x);
+      break;
+    case DType::kBFloat16:
+      *reinterpret_cast<bfloat16*>(to) = to_bfloat16(static_cast<float>(x));
+      break;
+    case DType::kFloat16:
+      *reinterpret_cast<float16*>(to) = to_float16(static_cast<float>(x));
+      break;
+    default:
+      *reinterpret_cast<float*>(to) = static_cast<float>(x);
+  }
+}
+
+// Tensors with memory of their own.
+class Buffers {
+ public:
+  explicit Buffers(Random& random) : random_(random) {}
+
+  Tensor empty(DType dtype, const Sizes& sizes) {  // NaN in every element
+    Tensor x = allocate(dtype, sizes);
+    std::memset(x.data, 0xff, static_cast<size_t>(count(sizes) * size_of(dtype)));
+    return x;
+  }
+  template <class Number>
+  Tensor filled(DType dtype, const Sizes& sizes, Number&& number) {
+    Tensor x = allocate(dtype, sizes);
+    for (int64_t i = 0; i < count(sizes); ++i) {
+      write(dtype, static_cast<char*>(x.data) + i * size_of(dtype), number());
+    }
+    return x;
+  }
+  Tensor normal(DType dtype, const Sizes& sizes) {
+    return filled(dtype, sizes, [&] { return std::normal_distribution<double>()(random_); });
+  }
+  template <class Integer>
+  Tensor integers(DType dtype, const std::vector<Integer>& values) {
+    Tensor x = allocate(dtype, {static_cast<int64_t>(values.size())});
+    std::memcpy(x.data, values.data(), values.size() * sizeof(Integer));
+    return x;
+  }
+
+ private:
+  static int64_t count(const Sizes& sizes) {
+    int64_t n = 1;
+    for (const int64_t size : sizes) {
+      n *= size;
+    }
+    return n;
+  }
+  Tensor allocate(DType dtype, const Sizes& sizes) {
+    Tensor x;
+    x.dtype = dtype;
+    x.rank = static_cast<int>(sizes.size());
+    int64_t step = 1;
+    for (int d = x.rank - 1; d >= 0; --d) {
+      x.size[d] = sizes[d];
+      x.stride[d] = step;
+      step *= sizes[d];
+    }
+    memory_.emplace_back(new char[static_cast<size_t>(count(sizes) * size_of(dtype))]);
+    x.data = memory_.back().get();
+    return x;
+  }
+
+  Random& random_;
+  std::vector<std::unique_ptr<char[]>> memory_;
+};
+
+std::string bytes_of(const Tensors& tensors) {
+  std::string all;
+  for (const auto& x : tensors) {
+    if (x) {
+      int64_t n = size_of(x->dtype);
+      for (int d = 0; d < x->rank; ++d) {
+        n *= x->size[d];
+      }
+      all.append(static_cast<const char*>(x->data), static_cast<size_t>(n));
+    }
+  }
+  return all;
+}
+
+void expect_written(const Tensors& tensors, int64_t problem) {
+  for (const auto& x : tensors) {
+    if (!x) {
+      continue;
+    }
+    int64_t n = 1;
+    for (int d = 0; d < x->rank; ++d) {
+      n *= x->size[d];
+    }
+    for (int64_t i = 0; i < n * size_of(x->dtype); i += size_of(x->dtype)) {
+      bool blank = true;
+      for (int64_t byte = 0; byte < size_of(x->dtype); ++byte) {
+        blank = blank && static_cast<const unsigned char*>(x->data)[i + byte] == 0xff;
+      }
+      if (blank) {
+        std::printf("problem %lld: a result was not written\n", static_cast<long long>(problem));
+        std::exit(1);
+      }
+    }
+  }
+}
+
+void run(int64_t number) {
+  Random random(static_cast<uint64_t>(number));
+  Buffers memory(random);
+  const DType dtypes[] = {DType::kBFloat16, DType::kFloat16, DType::kFloat32};
+  const DType dtype = dtypes[draw(random, 0, 2)];
+  const bool packed = draw(random, 0, 3) == 0, causal = draw(random, 0, 3) != 0, normalize = toss(random);
+  const int64_t kv_heads = draw(random, 1, 2), heads = kv_heads * draw(random, 1, 2);
+  const bool large = draw(random, 0, 5) == 0;
+  const int64_t key_dim = draw(random, 1, large ? 256 : 66), value_dim = draw(random, 1, large ? 256 : 66);
+  const int64_t length = draw(random, 0, large ? 40 : 100), batch = packed ? 1 : draw(random, 1, 2);
+  std::vector<int32_t> ends{0};
+  while (packed && ends.back() < length) {
+    ends.push_back(static_cast<int32_t>(draw(random, ends.back(), length)));
+  }
+  const int64_t sequences = packed ? static_cast<int64_t>(ends.size()) - 1 : batch;
+  const Sizes q_size{batch, length, heads, key_dim}, k_size{batch, length, kv_heads, key_dim},
+      v_size{batch, length, kv_heads, value_dim}, o_size{batch, length, heads, value_dim},
+      kv_size{sequences, kv_heads, key_dim, value_dim}, z_size{sequences, kv_heads, key_dim};
+
+  Tensors in(12), out(4);
+  in[0] = memory.normal(dtype, q_size);
+  in[1] = memory.normal(dtype, k_size);
+  in[2] = memory.normal(dtype, v_size);
+  if (causal && toss(random)) {
+    in[3] =
+        memory.filled(DType::kFloat64, {kv_heads}, [&] { return std::uniform_real_distribution<>(0.5, 1)(random); });
+  }
+  if (key_dim > 1 && toss(random)) {
+    const int64_t half = draw(random, 1, key_dim / 2);
+    in[4] = memory.normal(DType::kFloat32, {length + 3, half});
+    in[5] = memory.normal(DType::kFloat32, {length + 3, half});
+    if (toss(random)) {
+      std::vector<int64_t> offsets(static_cast<size_t>(sequences));
+      std::generate(offsets.begin(), offsets.end(), [&] { return draw(random, -5, 3); });
+      in[6] = memory.integers(DType::kInt64, offsets);
+    }
+  }
+  if (toss(random)) {
+    std::vector<uint8_t> keep(static_cast<size_t>(batch * length));
+    std::generate(keep.begin(), keep.end(), [&] { return static_cast<uint8_t>(draw(random, 0, 3) != 0); });
+    in[7] = memory.integers(DType::kBool, keep);
+    in[7]->rank = 2;
+    in[7]->size[0] = batch;
+    in[7]->size[1] = length;
+    in[7]->stride[0] = length;
+    in[7]->stride[1] = 1;
+  }
+  if (packed) {
+    in[8] = memory.integers(DType::kInt32, ends);
+  }
+  const bool has_state = toss(random);
+  if (has_state) {
+    in[9] = memory.normal(DType::kFloat32, kv_size);
+    if (normalize) {
+      in[10] = memory.normal(DType::kFloat32, z_size);
+    }
+  }
+  out[0] = memory.empty(dtype, o_size);
+  out[2] = memory.empty(DType::kFloat32, kv_size);
+  if (normalize) {
+    out[1] = memory.empty(DType::kFloat32, {batch, length, heads});
+    out[3] = memory.empty(DType::kFloat32, z_size);
+  }
+  const Options options{static_cast<int>(draw(random, 0, 4)), 0.5, normalize, 0.5, 0.3, causal, toss(random), 0};
+  const int segments = static_cast<int>(draw(random, 1, 3));
+  const int64_t segment = std::max<int64_t>(1, (length + 64 * segments - 1) / (64 * segments)) * 64;
+
+  const auto pass = [&](const Tensors& from, const Tensors& to, int role, const std::optional<Tensor>& e) {
+    std::optional<Tensor> sums, z_sums;
+    if (segments > 1 || !causal) {
+      const int64_t parts = (std::max(key_dim, value_dim) + 63) / 64;
+      sums = memory.empty(DType::kFloat32, {sequences * segments * kv_heads * parts * 256 * 64});
+      z_sums = memory.empty(DType::kFloat32, {sequences * segments * kv_heads * parts * 256});
+    }
+    cuda(from, to, options, role, segments, segment, e, sums, z_sums, 0, 0);
+  };
+
+  emulation::set_seed(static_cast<uint64_t>(number));
+  pass(in, out, 0, std::nullopt);
+  expect_written(out, number);
+
+  Tensors backward = in;
+  backward.push_back(out[1]);
+  backward.push_back(memory.normal(dtype, o_size));
+  backward.push_back(toss(random) ? std::optional(memory.normal(DType::kFloat32, kv_size)) : std::nullopt);
+  backward.push_back(normalize && toss(random) ? std::optional(memory.normal(DType::kFloat32, z_size)) : std::nullopt);
+  const int64_t parts = (key_dim + 63) / 64;
+  std::string first;
+  for (uint64_t schedule = 0; schedule < 2; ++schedule) {
+    emulation::set_seed(static_cast<uint64_t>(number) + schedule);
+    Tensors gradients(6);
+    gradients[0] = memory.empty(dtype, q_size);
+    gradients[1] = memory.empty(dtype, k_size);
+    gradients[2] = memory.empty(dtype, v_size);
+    if (has_state) {
+      gradients[3] = memory.empty(DType::kFloat32, kv_size);
+      if (normalize) {
+        gradients[4] = memory.empty(DType::kFloat32, z_size);
+      }
+    }
+    std::optional<Tensor> e;
+    if (normalize) {
+      e = memory.empty(DType::kFloat32, {parts, batch, length, heads});
+      if (parts > 1) {
+        pass(backward, gradients, 4, e);
+      }
+    }
+    for (const int role : {1, 2, 3}) {
+      pass(backward, gradients, role, e);
+    }
+    expect_written(gradients, number);
+    const std::string bytes = bytes_of(gradients);
+    if (schedule > 0 && bytes != first) {
+      std::printf("problem %lld: other bits under another schedule\n", static_cast<long long>(number));
+      std::exit(1);
+    }
+    first = bytes;
+  }
+}
+
+}  // namespace
+}  // namespace kx::linear_attention
+
+int main(int argc, char** argv) {
+  const int64_t problems = argc > 1 ? std::atoll(argv[1]) : 60;
+  for (int64_t i = 0; i < problems; ++i) {
+    kx::linear_attention::run(i);
+  }
+  std::printf("%lld random problems\n", static_cast<long long>(problems));
+}
