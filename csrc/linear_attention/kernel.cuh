@@ -397,33 +397,54 @@ class Block {
         x.data)[batch * x.stride[0] + (row + i) * x.stride[1] + head * x.stride[2] + d * x.stride[3]]);
   }
 
-  // Features of q or k, [kC, columns]; 0 where there is no row, no such column, or padding.
+  // to [kC, columns] = change(i, x's element); 0 where there is no row, no such column of `dim`, or padding. Columns of
+  // features are dimensions in dim_of's order.
+  template <class Change>
+  __device__ __forceinline__ void load_tile(const Tile<E>& to, const View& x, int64_t its_head, int first_column,
+                                            int columns, int64_t dim, bool of_features, Change&& change) {
+    constexpr int kWide = 16 / sizeof(T), kStored = 16 / sizeof(E) < kWide ? 16 / sizeof(E) : kWide;
+    const bool in_order = !of_features || p.interleaved || p.half == 0;
+    for (int at = thread; at < kC * columns / kWide; at += kThreads) {
+      const int i = at / (columns / kWide), column = at % (columns / kWide) * kWide, d = first_column + column;
+      float y[kWide] = {};
+      if (shared.keep[i] && in_order && x.wide && d + kWide <= dim) {
+        const T* const from = static_cast<const T*>(x.data) + batch * x.stride[0] + (row + i) * x.stride[1];
+        const Vector<T, kWide> v = load_shared_by_many<kWide>(from + its_head * x.stride[2] + d);
+#pragma unroll
+        for (int m = 0; m < kWide; ++m) {
+          y[m] = change(i, widen(v.x[m]));
+        }
+      } else if (shared.keep[i]) {
+#pragma unroll
+        for (int m = 0; m < kWide; ++m) {
+          const int one = of_features ? dim_of(p, d + m) : d + m;
+          y[m] = one < dim ? change(i, element(x, i, its_head, one)) : 0;
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < kWide; m += kStored) {
+        Vector<E, kStored> v;
+#pragma unroll
+        for (int l = 0; l < kStored; ++l) {
+          v.x[l] = operand<T>(y[m + l]);
+        }
+        store(to.at(i, column + m), v);
+      }
+    }
+  }
+
   __device__ __forceinline__ void load_features(const Tile<E>& to, const View& x, int64_t its_head, int first_column,
                                                 int columns, bool of_query) {
-    for (int at = thread; at < kC * columns; at += kThreads) {
-      const int i = at / columns, column = at % columns, d = dim_of(p, first_column + column);
-      float y = 0;
-      if (shared.keep[i] && d < p.key_dim) {
-        y = feature(p, element(x, i, its_head, d), of_query ? shared.lowest[i] : static_cast<float>(p.stabilizer));
-      }
-      *to.at(i, column) = operand<T>(y);
-    }
+    load_tile(to, x, its_head, first_column, columns, p.key_dim, true, [&](int i, float y) {
+      return feature(p, y, of_query ? shared.lowest[i] : static_cast<float>(p.stabilizer));
+    });
   }
 
   // Rows of v, or of grad_o as gradients of numerators.
   __device__ __forceinline__ void load_values(const Tile<E>& to, const View& x, int64_t its_head, int first_column,
                                               int columns, bool of_numerator) {
-    for (int at = thread; at < kC * columns; at += kThreads) {
-      const int i = at / columns, column = at % columns, d = first_column + column;
-      float y = 0;
-      if (shared.keep[i] && d < p.value_dim) {
-        y = element(x, i, its_head, d);
-        if (of_numerator) {
-          y *= inverse(i);
-        }
-      }
-      *to.at(i, column) = operand<T>(y);
-    }
+    load_tile(to, x, its_head, first_column, columns, p.value_dim, false,
+              [&](int i, float y) { return of_numerator ? y * inverse(i) : y; });
   }
 
   // What a numerator is multiplied with.
@@ -765,10 +786,20 @@ class Block {
           } else if (pass.role == Role::kOut) {
             y[m] *= static_cast<float>(p.scale);
           }
-          const View& out = pass.out;
-          static_cast<T*>(
-              out.data)[batch * out.stride[0] + (row + i) * out.stride[1] + head * out.stride[2] + d * out.stride[3]] =
-              narrow<T>(y[m]);
+        }
+        const View& out = pass.out;
+        T* const to =
+            static_cast<T*>(out.data) + batch * out.stride[0] + (row + i) * out.stride[1] + head * out.stride[2];
+        const int d = of_features ? dim_of(p, column) : column, next = of_features ? dim_of(p, column + 1) : column + 1;
+        if (out.wide && next == d + 1 && next < slice_dim) {
+          store(to + d, Vector<T, 2>{narrow<T>(y[0]), narrow<T>(y[1])});
+        } else {
+          if (d < slice_dim) {
+            to[d * out.stride[3]] = narrow<T>(y[0]);
+          }
+          if (next < slice_dim) {
+            to[next * out.stride[3]] = narrow<T>(y[1]);
+          }
         }
       }
     }

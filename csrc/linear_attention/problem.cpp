@@ -16,6 +16,10 @@ View view(const std::optional<Tensor>& x) {
   if (x) {
     out.data = x->data;
     std::copy_n(x->stride.data(), std::min(x->rank, 4), out.stride);
+    out.wide = x->rank == 4 && x->stride[3] == 1 && reinterpret_cast<uintptr_t>(x->data) % 16 == 0;
+    for (int d = 0; d < 3; ++d) {
+      out.wide = out.wide && x->stride[d] * size_of(x->dtype) % 16 == 0;
+    }
   }
   return out;
 }

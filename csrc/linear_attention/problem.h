@@ -17,6 +17,7 @@ enum class Feature : int { kIdentity, kElu1, kRelu, kRelu2, kExp };
 struct View {
   void* data = nullptr;
   int64_t stride[4] = {0, 0, 0, 0};
+  bool wide = false;  // the elements of a row are neighbours, and rows begin at multiples of 16 bytes
 };
 
 struct Problem {
