@@ -139,7 +139,11 @@ def render(folder: Path) -> list[Path]:
         goal.verdict([r for r in results if r["op"] == name]) for name, op in OPERATORS.items() for goal in op.goals()
     ]
     plots = [
-        {"speed": speed_plot(r["timings"]), "growth": growth_plot(r["growth"]), "tables": table_plot(r["tables"])}
+        {
+            "speed": speed_plot(r["timings"]),
+            "growth": growth_plot(r["growth"]),
+            "tables": table_plot(r["tables"]) if "tables" in r else "",
+        }
         for r in results
     ]
     environment = jinja2.Environment(

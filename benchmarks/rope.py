@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import importlib.metadata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +13,8 @@ import kx_kernels as kx
 from kx_kernels.ops.rope import api
 from kx_kernels.ops.rope.reference import rope as reference
 
+from . import contest
+from .contest import Contender, Missing, fraction, imported, on, speedup
 from .goals import Goal, Where
 
 
@@ -32,7 +31,7 @@ class Case:
     head_dim: int
     interleaved: bool = False
     layout: str = "[B, T, H, D]"  # or "[B, H, T, D]": the order in memory
-    backward: bool = False
+    what: str = "forward"  # or "backward"
     sequences: int = 0  # packed, of unequal lengths; 0: a batch
 
     @property
@@ -52,7 +51,7 @@ def cases(device: str) -> list[Case]:
             BASE,
             replace(BASE, name="float32, interleaved", interleaved=True),
             replace(BASE, name="float32, half-split, memory [B, H, T, D]", layout="[B, H, T, D]"),
-            replace(BASE, name="float32, half-split, backward", backward=True),
+            replace(BASE, name="float32, half-split, backward", what="backward"),
             replace(BASE, name="float32, half-split, 37 packed sequences", batch=1, length=8192, sequences=37),
             replace(BASE, name="bfloat16, half-split", dtype=torch.bfloat16),
             replace(BASE, name="decode: float32, T = 1", batch=8, length=1, heads=32, kv_heads=8, head_dim=128),
@@ -62,8 +61,8 @@ def cases(device: str) -> list[Case]:
         replace(LARGE, name="bfloat16, interleaved", interleaved=True),
         replace(LARGE, name="bfloat16, half-split, memory [B, H, T, D]", layout="[B, H, T, D]"),
         replace(LARGE, name="bfloat16, interleaved, memory [B, H, T, D]", layout="[B, H, T, D]", interleaved=True),
-        replace(LARGE, name="bfloat16, half-split, backward", backward=True),
-        replace(LARGE, name="bfloat16, interleaved, backward", backward=True, interleaved=True),
+        replace(LARGE, name="bfloat16, half-split, backward", what="backward"),
+        replace(LARGE, name="bfloat16, interleaved, backward", what="backward", interleaved=True),
         replace(LARGE, name="bfloat16, half-split, 2400 packed sequences", batch=1, length=65536, sequences=2400),
         replace(LARGE, name="float32, half-split", dtype=torch.float32, batch=2),
         replace(LARGE, name="bfloat16, half-split, 20 MB", batch=1, length=1024),
@@ -87,6 +86,7 @@ class Inputs:
         shape = (case.batch, case.length) if not case.sequences else (case.length,)
         self.q, self.k = (self._random(generator, shape, h, device) for h in (case.heads, case.kv_heads))
         self.q_out, self.k_out = torch.empty_like(self.q), torch.empty_like(self.k)
+        self.leaves, self.grads = (self.q, self.k), (self.q_out, self.k_out)
         self.cu_seqlens = None
         longest = case.length
         if case.sequences:
@@ -109,23 +109,10 @@ Rotate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """q, k [B, T, H, D] -> rotated, in whatever memory layout the contender gives."""
 
 
-@dataclass(frozen=True)
-class Contender:
-    """Someone's rope. `prepare(inputs)` returns the function to time, or raises Missing with the reason it cannot."""
-
-    name: str
-    kind: str  # "ours", "torch", "peer"
-    prepare: Callable[[Inputs], Rotate]
-
-
-class Missing(Exception):
-    """This contender cannot run this case here."""
-
-
 def _ours(backend: str, inplace: bool = False) -> Callable[[Inputs], Rotate]:
     def prepare(x: Inputs) -> Rotate:
         how: dict[str, Any] = {"interleaved": x.case.interleaved, "cu_seqlens": x.cu_seqlens, "backend": backend}
-        if inplace and x.case.backward:
+        if inplace and x.case.what == "backward":
             raise Missing("the gradient does not depend on where the result went")
         reasons = dict(api.survey(x.q, x.k, x.cos, x.sin, **how))
         if reasons[backend] is not None:
@@ -140,27 +127,18 @@ def _no_packed(x: Inputs, name: str) -> None:
         raise Missing(f"{name} takes no packed sequences")
 
 
-def _imported(module: str, package: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except Exception as error:  # a peer may fail to import in ways of its own
-        raise Missing(
-            f"{package} does not import here: {type(error).__name__}: {str(error).splitlines()[0]}"
-        ) from error
-
-
 def _hugging_face_function(x: Inputs) -> Rotate:
     """q and k as [B, H, S, D] views and full-width tables of q's dtype, as Llama's attention calls it; GPT-J's if
     interleaved, on [B, S, H, D] with half-width tables."""
     _no_packed(x, "transformers")
     if x.case.interleaved:
-        gptj = _imported("transformers.models.gptj.modeling_gptj", "transformers")
+        gptj = imported("transformers.models.gptj.modeling_gptj", "transformers")
         sin, cos = (t[None].to(x.case.dtype) for t in (x.sin, x.cos))
         return lambda q, k: (
             gptj.apply_rotary_pos_emb(q, sin, cos),
             gptj.apply_rotary_pos_emb(k, sin, cos),
         )
-    llama = _imported("transformers.models.llama.modeling_llama", "transformers")
+    llama = imported("transformers.models.llama.modeling_llama", "transformers")
     cos, sin = (torch.cat((t, t), -1)[None].to(x.case.dtype) for t in (x.cos, x.sin))
 
     def rotate(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,7 +154,7 @@ def _hugging_face_compiled(x: Inputs) -> Rotate:
 
 
 def _flash_attn(x: Inputs) -> Rotate:
-    rotary = _imported("flash_attn.layers.rotary", "flash-attn")
+    rotary = imported("flash_attn.layers.rotary", "flash-attn")
     how: dict[str, Any] = {"interleaved": x.case.interleaved}
     if x.cu_seqlens is not None:
         how |= {"cu_seqlens": x.cu_seqlens, "max_seqlen": x.longest}
@@ -190,7 +168,7 @@ def _liger(x: Inputs) -> Rotate:
         raise Missing("its rope is half-split only")
     if x.q.device.type == "cpu":
         raise Missing("its kernels are Triton's and need a GPU")
-    liger = _imported("liger_kernel.transformers.rope", "liger-kernel")
+    liger = imported("liger_kernel.transformers.rope", "liger-kernel")
     cos, sin = (torch.cat((t, t), -1)[None].to(x.case.dtype) for t in (x.cos, x.sin))
 
     def rotate(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,7 +179,7 @@ def _liger(x: Inputs) -> Rotate:
 
 
 def _fla(x: Inputs) -> Rotate:
-    rotary = _imported("fla.modules.rotary", "flash-linear-attention")
+    rotary = imported("fla.modules.rotary", "flash-linear-attention")
     how: dict[str, Any] = {"interleaved": x.case.interleaved}
     if x.cu_seqlens is not None:
         how["cu_seqlens"] = x.cu_seqlens
@@ -219,7 +197,7 @@ def _rotary_embedding_torch(x: Inputs) -> Rotate:
     _no_packed(x, "rotary-embedding-torch")
     if not x.case.interleaved:
         raise Missing("its rope is interleaved only")
-    module = _imported("rotary_embedding_torch", "rotary-embedding-torch")
+    module = imported("rotary_embedding_torch", "rotary-embedding-torch")
     rotary = module.RotaryEmbedding(x.case.head_dim, cache_max_seq_len=x.case.length, seq_before_head_dim=True)
     rotary = rotary.to(x.q.device)
     return lambda q, k: (rotary.rotate_queries_or_keys(q), rotary.rotate_queries_or_keys(k))
@@ -236,16 +214,12 @@ CONTENDERS = [
     Contender("rotary-embedding-torch", "peer", _rotary_embedding_torch),
 ]
 LIMIT = "dst.copy_(src)"
+HOST_GRADIENTS = True
 PACKAGES = ("transformers", "flash-attn", "liger-kernel", "flash-linear-attention", "rotary-embedding-torch")
 
 
 def versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for package in PACKAGES:
-        found[package] = None
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+    return contest.versions(PACKAGES)
 
 
 def error(rotate: Rotate, x: Inputs) -> float:
@@ -259,40 +233,7 @@ def error(rotate: Rotate, x: Inputs) -> float:
 def calls(
     case: Case, sets: list[Inputs], contenders: Sequence[Contender] = CONTENDERS
 ) -> Iterator[tuple[Contender, Callable[[int], object] | str]]:
-    """Each contender with the call to time, on one set of buffers after another, or the reason there is none."""
-    for contender in contenders:
-        try:
-            rotate = contender.prepare(sets[0])
-            wrong = error(rotate, sets[0])
-        except Missing as missing:
-            yield contender, str(missing)
-            continue
-        except Exception as failure:  # a peer that breaks on this case is a finding, not our failure
-            if contender.kind == "ours":
-                raise
-            yield contender, f"fails: {type(failure).__name__}: {str(failure).splitlines()[0]}"
-            continue
-        if wrong > 0.05:  # far beyond what a bfloat16 or a phase in float32 explains: it computes something else
-            yield contender, f"computes something else: off by {wrong:.2g} of the largest value"
-        else:
-            yield contender, (_backward if case.backward else _forward)(rotate, sets)
-
-
-def _forward(rotate: Rotate, sets: list[Inputs]) -> Callable[[int], object]:
-    return lambda turn: rotate(sets[turn % len(sets)].q, sets[turn % len(sets)].k)
-
-
-def _backward(rotate: Rotate, sets: list[Inputs]) -> Callable[[int], object]:
-    graphs = []
-    for x in sets:
-        leaves = x.q.detach().requires_grad_(), x.k.detach().requires_grad_()
-        graphs.append((rotate(*leaves), leaves, (x.q_out, x.k_out)))
-
-    def call(turn: int) -> object:
-        outs, leaves, grads = graphs[turn % len(graphs)]
-        return torch.autograd.grad(outs, leaves, grads, retain_graph=True)
-
-    return call
+    return contest.calls(sets, contenders, error)
 
 
 def copy(sets: list[Inputs]) -> Callable[[int], object]:
@@ -306,34 +247,6 @@ def copy(sets: list[Inputs]) -> Callable[[int], object]:
     return call
 
 
-def _on(device: str) -> Where:
-    if device == "cpu":
-        return Where("a CPU", lambda environment: environment["device_kind"] == "cpu")
-    return Where("an H200", lambda environment: "H200" in environment["device"])
-
-
-def _fraction(case: str, contenders: tuple[str, ...]) -> Callable[[dict[str, Any]], tuple[float, float, float] | None]:
-    """The best of our backends, as a fraction of the copy's bandwidth."""
-
-    def value(results: dict[str, Any]) -> tuple[float, float, float] | None:
-        rows = [r for r in results["timings"] if r["case"] == case and r["contender"] in contenders and r["seconds"]]
-        best = max(rows, key=lambda r: r["of_limit"]["median"], default=None)
-        return (best["of_limit"]["median"], best["of_limit"]["low"], best["of_limit"]["high"]) if best else None
-
-    return value
-
-
-def _speedup(case: str, over: str) -> Callable[[dict[str, Any]], tuple[float, float, float] | None]:
-    def value(results: dict[str, Any]) -> tuple[float, float, float] | None:
-        row = {r["contender"]: r for r in results["timings"] if r["case"] == case and r["seconds"]}
-        if over not in row or "kx cpu" not in row:
-            return None
-        ours, theirs = row["kx cpu"]["of_limit"], row[over]["of_limit"]
-        return ours["median"] / theirs["median"], ours["low"] / theirs["high"], ours["high"] / theirs["low"]
-
-    return value
-
-
 def _decode_host(results: dict[str, Any]) -> tuple[float, float, float] | None:
     row = next((r for r in results["host"] if r["contender"] == "kx cuda" and not r["gradient"]), None)
     return (row["median"] * 1e6, row["low"] * 1e6, row["high"] * 1e6) if row else None
@@ -345,23 +258,43 @@ def _import(results: dict[str, Any]) -> tuple[float, float, float] | None:
 
 
 def goals() -> list[Goal]:
-    cpu, base = _on("cpu"), cases("cpu")[0].name
+    cpu, base = on("cpu"), cases("cpu")[0].name
     shape, eager, compiled = (
         f"{base}, q and k of [2, 4096, 12, 64]",
         "Hugging Face eager",
         "Hugging Face, torch.compile",
     )
     found = [
-        Goal("bandwidth of the copy", cpu, shape, 0.7, "×", _fraction(base, ("kx cpu",))),
-        Goal(f"as fast as {eager}", cpu, shape, 8, "×", _speedup(base, eager)),
-        Goal(f"as fast as {compiled}", cpu, shape, 3, "×", _speedup(base, compiled)),
+        Goal("bandwidth of the copy", cpu, shape, 0.7, "×", fraction(base, ("kx cpu",))),
+        Goal(f"as fast as {eager}", cpu, shape, 8, "×", speedup(base, eager)),
+        Goal(f"as fast as {compiled}", cpu, shape, 3, "×", speedup(base, compiled)),
     ]
     for case in cases("cuda")[:6]:
-        value = _fraction(case.name, ("kx cuda", "kx triton"))
+        value = fraction(case.name, ("kx cuda", "kx triton"))
         size = f"{case.bytes_moved / 1e6:.0f} MB"
-        found.append(Goal("bandwidth of the copy", _on("cuda"), f"{case.name}, {size}", 0.95, "×", value))
+        found.append(Goal("bandwidth of the copy", on("cuda"), f"{case.name}, {size}", 0.95, "×", value))
     what = "host time of decoding"
     case = "bfloat16, T = 1, 32 and 8 heads"
-    found.append(Goal(what, _on("cuda"), case, 15, "µs", _decode_host, at_most=True))
+    found.append(Goal(what, on("cuda"), case, 15, "µs", _decode_host, at_most=True))
     anywhere = Where("any machine", lambda environment: True)
     return [*found, Goal("on top of torch", anywhere, "import kx_kernels", 50, "ms", _import, at_most=True)]
+
+
+def _tables() -> list[dict[str, Any]]:
+    """Largest error of the cosines at growing positions: ours, and with the phase computed in float32."""
+    found = []
+    frequencies = 10000.0 ** (-torch.arange(0, 128, 2, dtype=torch.float64) / 128)
+    for exponent in range(6, 21):
+        last = 1 << exponent
+        positions = torch.arange(max(0, last - 4096), last + 1)
+        exact = (positions.double()[:, None] * frequencies).cos()
+        single = (positions.float()[:, None] * frequencies.float()).cos()
+        ours = kx.rope_tables(last + 1, 128)[0][positions]
+        errors = {"ours": ours, "float32_phase": single}
+        found.append({"position": last, **{n: (t.double() - exact).abs().max().item() for n, t in errors.items()}})
+    return found
+
+
+def extras() -> dict[str, Any]:
+    """What is measured of this operator alone."""
+    return {"tables": _tables()}

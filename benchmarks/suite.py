@@ -12,18 +12,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch._functorch.config as functorch_config
 from tqdm import tqdm
 
-import kx_kernels as kx
 from kx_kernels.testing import codegen
 
-from . import accuracy, measure, rope
+from . import accuracy, linear_attention, measure, rope
 from .environment import ROOT, cache_bytes, device_name, environment, slug
 
 RESULTS = ROOT / "benchmarks" / "results"
-OPERATORS = {"rope": rope}
+OPERATORS = {"rope": rope, "linear_attention": linear_attention}
 
 
 def timings(op: Any, case: Any, device: str, seconds: float) -> list[dict[str, Any]]:
@@ -54,12 +52,12 @@ def host_times(op: Any, device: str) -> list[dict[str, Any]]:
     inputs = op.Inputs(case, device)
     found = []
     for contender, call in op.calls(case, [inputs]):
-        if isinstance(call, str) or contender.kind == "peer" or "in place" in contender.name:
+        if isinstance(call, str) or contender.kind in ("peer", "other") or "in place" in contender.name:
             continue
-        rotate = contender.prepare(inputs)
-        for gradient in (False, True):
-            q, k = inputs.q.detach().requires_grad_(gradient), inputs.k.detach().requires_grad_(gradient)
-            spread = measure.host_seconds(lambda rotate=rotate, q=q, k=k: rotate(q, k), device)
+        function = contender.prepare(inputs)
+        for gradient in (False, True) if op.HOST_GRADIENTS else (False,):
+            leaves = [x.detach().requires_grad_(gradient) for x in inputs.leaves]
+            spread = measure.host_seconds(lambda function=function, leaves=leaves: function(*leaves), device)
             found.append({"case": case.name, "contender": contender.name, "gradient": gradient, **asdict(spread)})
     return found
 
@@ -72,29 +70,14 @@ def memory(op: Any, device: str) -> list[dict[str, Any]]:
     for contender, call in op.calls(case, [inputs]):
         if isinstance(call, str):
             continue
-        rotate = contender.prepare(inputs)
-        peak = measure.peak_bytes(lambda rotate=rotate: rotate(inputs.q, inputs.k), device)
+        function = contender.prepare(inputs)
+        peak = measure.peak_bytes(lambda function=function: function(*inputs.leaves), device)
         saved = None
         if "in place" not in contender.name:
-            q, k = inputs.q.detach().requires_grad_(), inputs.k.detach().requires_grad_()
-            saved = measure.saved_bytes(lambda rotate=rotate, q=q, k=k: rotate(q, k), (q, k))
-        values = (inputs.q.numel() + inputs.k.numel()) * inputs.q.itemsize
+            leaves = [x.detach().requires_grad_() for x in inputs.leaves]
+            saved = measure.saved_bytes(lambda function=function, leaves=leaves: function(*leaves), leaves)
+        values = sum(x.numel() * x.itemsize for x in inputs.leaves)
         found.append({"case": case.name, "contender": contender.name, "values": values, "peak": peak, "saved": saved})
-    return found
-
-
-def tables() -> list[dict[str, Any]]:
-    """Largest error of the cosines at growing positions: ours, and with the phase computed in float32."""
-    found = []
-    frequencies = 10000.0 ** (-torch.arange(0, 128, 2, dtype=torch.float64) / 128)
-    for exponent in range(6, 21):
-        last = 1 << exponent
-        positions = torch.arange(max(0, last - 4096), last + 1)
-        exact = (positions.double()[:, None] * frequencies).cos()
-        single = (positions.float()[:, None] * frequencies.float()).cos()
-        ours = kx.rope_tables(last + 1, 128)[0][positions]
-        errors = {"ours": ours, "float32_phase": single}
-        found.append({"position": last, **{n: (t.double() - exact).abs().max().item() for n, t in errors.items()}})
     return found
 
 
@@ -142,8 +125,8 @@ def run(name: str, device: str, quick: bool) -> Path:
         step("host time, memory")
         results["import"] = import_seconds(2 if quick else 5)
         step("import")
-        results["tables"] = tables()
-        step("tables")
+        results |= op.extras()
+        step("extras")
         results["accuracy"] = accuracy.measure(name, device)
         step("accuracy")
         reason = codegen.available()

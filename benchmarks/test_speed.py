@@ -11,16 +11,24 @@ from typing import Any
 import pytest
 import torch
 
-from . import rope
+from .suite import OPERATORS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize("case", rope.cases(DEVICE), ids=lambda case: case.name)
-@pytest.mark.parametrize("contender", [c for c in rope.CONTENDERS if c.kind == "ours"], ids=lambda c: c.name)
-def test_rope(benchmark: Callable[..., Any], case: rope.Case, contender: rope.Contender) -> None:
-    inputs = rope.Inputs(case, DEVICE)
-    _, call = next(rope.calls(case, [inputs], [contender]))
+CALLS = [
+    pytest.param(op, case, contender, id=f"{name}-{case.name}-{contender.name}")
+    for name, op in OPERATORS.items()
+    for case in op.cases(DEVICE)
+    for contender in op.CONTENDERS
+    if contender.kind == "ours"
+]
+
+
+@pytest.mark.parametrize(("op", "case", "contender"), CALLS)
+def test_speed(benchmark: Callable[..., Any], op: Any, case: Any, contender: Any) -> None:
+    inputs = op.Inputs(case, DEVICE)
+    _, call = next(op.calls(case, [inputs], [contender]))
     if isinstance(call, str):
         pytest.skip(call)
 

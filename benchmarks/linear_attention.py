@@ -1,0 +1,311 @@
+"""Linear attention: what is measured, against whom, and which goals that decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kx_kernels as kx
+from kx_kernels._core import dispatch
+from kx_kernels.ops.linear_attention import api
+from kx_kernels.ops.linear_attention._backends import step_backends
+from kx_kernels.ops.linear_attention.reference import linear_attention as reference
+
+from . import contest
+from .contest import Contender, Function, Missing, fraction, imported, on, speedup
+from .goals import Goal
+
+CHUNK = 64  # of the chunked form in torch
+QUADRATIC = 2048  # tokens: beyond, a T × T form takes gigabytes
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: q, k and v [B, T, H, D], elu + 1. `what`: "forward", "both" (and backward) or "decode" (one token)."""
+
+    name: str
+    dtype: torch.dtype
+    batch: int
+    length: int
+    heads: int
+    head_dim: int
+    normalize: bool = True
+    what: str = "forward"
+    past: int = 0  # tokens before the one that is decoded
+
+    @property
+    def bytes_moved(self) -> int:
+        """Each input read and each output written once: q, k, v, o; with the gradients of all four 11 such tensors.
+
+        Decoding reads and writes the states.
+        """
+        rows = self.batch * self.length * self.heads * self.head_dim * self.dtype.itemsize
+        if self.past:
+            return 2 * 4 * self.batch * self.heads * self.head_dim * (self.head_dim + 1)
+        return {"forward": 4, "both": 4 + 11}[self.what] * rows
+
+
+BASE = Case("float32", torch.float32, 2, 4096, 12, 64)
+LARGE = Case("bfloat16, D 128", torch.bfloat16, 8, 8192, 16, 128)
+
+
+def cases(device: str) -> list[Case]:
+    if device == "cpu":
+        return [
+            BASE,
+            replace(BASE, name="float32, forward and backward", what="both"),
+            replace(BASE, name="float32, not normalised", normalize=False),
+            replace(BASE, name="float32, one sequence of 65536", batch=1, length=65536, heads=1),
+            replace(BASE, name="bfloat16", dtype=torch.bfloat16),
+            replace(BASE, name="decode: float32, one token after 4096", batch=8, length=1, past=4096),
+        ]
+    return [
+        LARGE,
+        replace(LARGE, name="bfloat16, D 64", head_dim=64),
+        replace(LARGE, name="bfloat16, D 128, forward and backward", what="both"),
+        replace(LARGE, name="bfloat16, D 64, forward and backward", what="both", head_dim=64),
+        replace(LARGE, name="bfloat16, D 128, not normalised", normalize=False),
+        replace(LARGE, name="bfloat16, D 128, one sequence of 65536", batch=1, length=65536),
+        replace(LARGE, name="decode: bfloat16, one token after 8192", length=1, past=8192),
+    ]
+
+
+def sweep(device: str) -> list[Case]:
+    """The same call at growing lengths."""
+    base = replace(BASE, batch=1, heads=2) if device == "cpu" else replace(LARGE, batch=1)
+    return [replace(base, name=f"T = {1 << n}", length=1 << n) for n in range(8, 17)]
+
+
+class Inputs:
+    """One set of buffers of a case."""
+
+    def __init__(self, case: Case, device: str, seed: int = 0) -> None:
+        self.case = case
+        generator = torch.Generator().manual_seed(seed)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device, case.dtype)
+
+        shape = (case.batch, case.length, case.heads, case.head_dim)
+        self.leaves = tuple(random(*shape) for _ in range(3))
+        self.grads = (random(*shape),)
+        self.outs = tuple(torch.empty_like(x) for x in self.leaves)
+        past = (case.batch, case.past, case.heads, case.head_dim)
+        self.past = tuple(random(*past) for _ in range(2)) if case.past else ()
+        if case.past:
+            kv = torch.rand(case.batch, case.heads, case.head_dim, case.head_dim, device=device)
+            z = case.past * torch.rand(case.batch, case.heads, case.head_dim, device=device)
+            self.state = kx.LinearAttentionState(kv, z)
+
+
+def _ours(backend: str) -> Callable[[Inputs], Function]:
+    def prepare(x: Inputs) -> Function:
+        how: dict[str, Any] = {"normalize": x.case.normalize}
+        if x.case.past:
+            problem = api.step_problem(*x.leaves, x.state, **how)
+            reasons = dict(dispatch.survey(step_backends(), problem))
+        else:
+            reasons = dict(api.survey(*x.leaves, **how))
+        if reasons[backend] is not None:
+            raise Missing(str(reasons[backend]))
+        if backend == "reference" and x.case.length > QUADRATIC:
+            raise Missing("its T × T weights would take gigabytes")
+        if x.case.past:
+            return lambda q, k, v: kx.linear_attention_step(q, k, v, x.state, backend=backend, **how)
+        return lambda q, k, v: kx.linear_attention(q, k, v, backend=backend, **how)
+
+    return prepare
+
+
+def _features(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    return F.elu(q) + 1, F.elu(k) + 1
+
+
+def chunked(q: Tensor, k: Tensor, v: Tensor, normalize: bool = True) -> Tensor:
+    """The chunked form as torch's own products, every state kept: what one writes without a kernel."""
+    batch, length, heads, dim = q.shape
+    q, k = _features(q, k)
+    shape = (batch, length // CHUNK, CHUNK, heads, dim)
+    q, k, v = (x.reshape(shape).permute(0, 3, 1, 2, 4) for x in (q, k, v))  # [B, H, T / C, C, D]
+    added = k.mT @ v
+    state = added.cumsum(2) - added  # before each chunk
+    o = (q @ k.mT).tril() @ v + q @ state
+    if normalize:
+        sums = k.sum(3, keepdim=True)
+        z = k.cumsum(3) + sums.cumsum(2) - sums
+        o = o / ((q * z).sum(-1, keepdim=True) + 1e-6)
+    return o.permute(0, 2, 3, 1, 4).reshape(batch, length, heads, dim)
+
+
+def _recurrent_step(x: Inputs) -> Function:
+    def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        a, b = (y[:, 0].float() for y in _features(q, k))
+        x.state.kv.add_(b[..., None] * v[:, 0, :, None].float())
+        x.state.z.add_(b)  # type: ignore[union-attr]
+        o = (a[:, :, None] @ x.state.kv)[:, :, 0] / ((a * x.state.z).sum(-1, keepdim=True) + 1e-6)
+        return o[:, None].to(q.dtype)
+
+    return step
+
+
+def _chunked(x: Inputs) -> Function:
+    if x.case.past:
+        return _recurrent_step(x)
+    return lambda q, k, v: chunked(q, k, v, x.case.normalize)
+
+
+def _quadratic(x: Inputs) -> Function:
+    if x.case.past or x.case.length > QUADRATIC:
+        raise Missing("its T × T weights would take gigabytes" if not x.case.past else "decoding has a state")
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        a, b = (y.transpose(1, 2) for y in _features(q, k))
+        scores = (a @ b.mT).tril()
+        if x.case.normalize:
+            scores = scores / (scores.sum(-1, keepdim=True) + 1e-6)
+        return (scores @ v.transpose(1, 2)).transpose(1, 2)
+
+    return attend
+
+
+def _softmax(x: Inputs) -> Function:
+    """What linear attention replaces: causal softmax attention, with its cache of keys and values to decode."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if x.case.past:
+            k, v = (torch.cat((past, new), 1) for past, new in zip(x.past, (k, v), strict=True))
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=not x.case.past).transpose(1, 2)
+
+    return attend
+
+
+def _compiled(prepare: Callable[[Inputs], Function]) -> Callable[[Inputs], Function]:
+    return lambda x: torch.compile(prepare(x), dynamic=False)
+
+
+def _fla(x: Inputs) -> Function:
+    if x.leaves[0].device.type == "cpu":
+        raise Missing("its kernels are Triton's and need a GPU")
+    if x.case.past:
+        raise Missing("its decoding gives a new state instead of changing one")
+    module = imported("fla.ops.linear_attn", "flash-linear-attention")
+    return lambda q, k, v: module.chunk_linear_attn(*_features(q, k), v, scale=1.0, normalize=x.case.normalize)[0]
+
+
+def _fast_transformers(x: Inputs) -> Function:
+    if x.case.past or x.case.dtype != torch.float32:
+        raise Missing("it decodes in torch" if x.case.past else "its product is float32's")
+    product = imported("fast_transformers.causal_product", "pytorch-fast-transformers").causal_dot_product
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        a, b = _features(q, k)
+        o = product(*(y.transpose(1, 2).contiguous() for y in (a, b, v))).transpose(1, 2)
+        return o / ((a * b.cumsum(1)).sum(-1, keepdim=True) + 1e-6) if x.case.normalize else o
+
+    return attend
+
+
+def _performer(x: Inputs) -> Function:
+    if x.case.past or not x.case.normalize:
+        raise Missing("it has no state and is normalised always")
+    module = imported("performer_pytorch.performer_pytorch", "performer-pytorch")
+    imported("fast_transformers.causal_product", "performer-pytorch's product, pytorch-fast-transformers,")
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        a, b = _features(q, k)
+        return module.causal_linear_attention(*(y.transpose(1, 2) for y in (a, b, v))).transpose(1, 2)
+
+    return attend
+
+
+CONTENDERS = [
+    *(Contender(f"kx {backend}", "ours", _ours(backend)) for backend in ("cuda", "triton", "cpu", "reference")),
+    Contender("chunked, torch eager", "torch", _chunked),
+    Contender("chunked, torch.compile", "torch", _compiled(_chunked)),
+    Contender("quadratic, torch eager", "torch", _quadratic),
+    Contender("softmax attention (SDPA)", "other", _softmax),
+    Contender("flash-linear-attention", "peer", _fla),
+    Contender("fast-transformers", "peer", _fast_transformers),
+    Contender("performer-pytorch", "peer", _performer),
+]
+LIMIT = "dst.copy_(src)"
+HOST_GRADIENTS = False  # a step has none
+PACKAGES = ("flash-linear-attention", "pytorch-fast-transformers", "performer-pytorch")
+
+
+def versions() -> dict[str, str | None]:
+    return contest.versions(PACKAGES)
+
+
+def error(function: Function, x: Inputs) -> float:
+    """The largest difference from float64 over the largest value: from the reference, or if long from the chunked form.
+
+    A step changes the state it starts from, so it is given a copy.
+    """
+    wide = [y.double() for y in x.leaves]
+    if x.case.past:
+        state = x.state
+        exact, _ = reference(*wide, initial_state=tuple(y.double() for y in state), return_state=True)  # type: ignore[arg-type, misc]
+        x.state = kx.LinearAttentionState(*(y.clone() for y in state))  # type: ignore[union-attr]
+        out = function(*x.leaves)
+        x.state = state
+    else:
+        exact = (
+            reference(*wide, normalize=x.case.normalize) if x.case.length <= 512 else chunked(*wide, x.case.normalize)
+        )
+        out = function(*x.leaves)
+    return (out.double() - exact).abs().max().item() / exact.abs().max().item()
+
+
+def calls(
+    case: Case, sets: list[Inputs], contenders: Sequence[Contender] = CONTENDERS
+) -> Iterator[tuple[Contender, Callable[[int], object] | str]]:
+    return contest.calls(sets, contenders, error)
+
+
+def copy(sets: list[Inputs]) -> Callable[[int], object]:
+    """The limit: as many bytes, half of them read and half written."""
+
+    def call(turn: int) -> None:
+        x = sets[turn % len(sets)]
+        if x.case.past:
+            x.state.kv.copy_(x.state.kv.clone())
+            return
+        tensors = {"forward": 2, "both": 7}[x.case.what]
+        for i in range(tensors):
+            x.outs[i % 3].copy_(x.leaves[i % 3])
+
+    return call
+
+
+def extras() -> dict[str, Any]:
+    return {}
+
+
+def goals() -> list[Goal]:
+    cpu, gpu = on("cpu"), on("cuda")
+    shape = "float32, [2, 4096, 12, 64], elu + 1, normalised"
+    eager, both = "chunked, torch eager", "float32, forward and backward"
+    found = [
+        Goal(f"as fast as {eager}", cpu, f"{shape}, forward", 5, "×", speedup(BASE.name, eager)),
+        Goal(f"as fast as {eager}", cpu, f"{shape}, forward and backward", 4, "×", speedup(both, eager)),
+        Goal("as fast as fast-transformers", cpu, f"{shape}, forward", 3, "×", speedup(BASE.name, "fast-transformers")),
+    ]
+    for case, target in (("bfloat16, D 128", 0.65), ("bfloat16, D 64", 0.55)):
+        value = fraction(case, ("kx cuda", "kx triton"))
+        found.append(Goal("bandwidth of the copy", gpu, f"{case}, [8, 8192, 16, D], forward", target, "×", value))
+    fla = "flash-linear-attention"
+    for case, target in (
+        ("bfloat16, D 128", 4),
+        ("bfloat16, D 128, forward and backward", 3),
+        ("bfloat16, D 128, not normalised", 1.8),
+    ):
+        value = speedup(case, fla, "kx triton")
+        found.append(Goal(f"as fast as {fla}", gpu, f"{case}, [8, 8192, 16, D]", target, "×", value))
+    return found
