@@ -28,6 +28,11 @@ class Lane(NamedTuple):
     def __str__(self) -> str:
         return f"{self.backend}-{self.device}"
 
+    @property
+    def slow(self) -> bool:
+        """A kernel for a GPU on a CPU."""
+        return self.device == "cpu" and self.backend in ("triton", "cuda")
+
     def dtypes(self, spec: OpSpec) -> list[torch.dtype]:
         """Those that it serves."""
         return [dtype for dtype in spec.dtypes if (self.backend, self.device, dtype) not in spec.cannot]

@@ -148,6 +148,8 @@ def test_strides_change_nothing(lane, spec: OpSpec, case: str, layout: str) -> N
     serves(lane, spec)
     if lane.backend == "reference":
         pytest.skip("torch's products may add in another order for other strides")
+    if lane.slow and layout != list(LAYOUTS)[list(spec.cases).index(case) % len(LAYOUTS)]:
+        pytest.skip("takes long: one layout for each case, in turn")
     call = spec.call(case, torch.float32, lane.device)
     contiguous = pytree.tree_map_only(Tensor, lambda x: x.contiguous(), call)
     spread = pytree.tree_map_only(Tensor, lambda x: LAYOUTS[layout](x) if x.is_floating_point() else x, call)
