@@ -98,16 +98,15 @@ class Inputs:
         past = (case.batch, case.past, case.heads, case.head_dim)
         self.past = tuple(random(*past) for _ in range(2)) if case.past else ()
         if case.past:
-            kv = torch.rand(case.batch, case.heads, case.head_dim, case.head_dim, device=device)
-            z = case.past * torch.rand(case.batch, case.heads, case.head_dim, device=device)
-            self.state = kx.LinearAttentionState(kv, z)
+            self.kv = torch.rand(case.batch, case.heads, case.head_dim, case.head_dim, device=device)
+            self.z = case.past * torch.rand(case.batch, case.heads, case.head_dim, device=device)
 
 
 def _ours(backend: str) -> Callable[[Inputs], Function]:
     def prepare(x: Inputs) -> Function:
         how: dict[str, Any] = {"normalize": x.case.normalize}
         if x.case.past:
-            problem = api.step_problem(*x.leaves, x.state, **how)
+            problem = api.step_problem(*x.leaves, (x.kv, x.z), **how)
             reasons = dict(dispatch.survey(step_backends(), problem))
         else:
             reasons = dict(api.survey(*x.leaves, **how))
@@ -116,7 +115,7 @@ def _ours(backend: str) -> Callable[[Inputs], Function]:
         if backend == "reference" and x.case.length > QUADRATIC:
             raise Missing("its T × T weights would take gigabytes")
         if x.case.past:
-            return lambda q, k, v: kx.linear_attention_step(q, k, v, x.state, backend=backend, **how)
+            return lambda q, k, v: kx.linear_attention_step(q, k, v, (x.kv, x.z), backend=backend, **how)
         return lambda q, k, v: kx.linear_attention(q, k, v, backend=backend, **how)
 
     return prepare
@@ -145,9 +144,9 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, normalize: bool = True) -> Tensor:
 def _recurrent_step(x: Inputs) -> Function:
     def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         a, b = (y[:, 0].float() for y in _features(q, k))
-        x.state.kv.add_(b[..., None] * v[:, 0, :, None].float())
-        x.state.z.add_(b)  # type: ignore[union-attr]
-        o = (a[:, :, None] @ x.state.kv)[:, :, 0] / ((a * x.state.z).sum(-1, keepdim=True) + 1e-6)
+        x.kv.add_(b[..., None] * v[:, 0, :, None].float())
+        x.z.add_(b)
+        o = (a[:, :, None] @ x.kv)[:, :, 0] / ((a * x.z).sum(-1, keepdim=True) + 1e-6)
         return o[:, None].to(q.dtype)
 
     return step
@@ -250,16 +249,15 @@ def error(function: Function, x: Inputs) -> float:
     """
     wide = [y.double() for y in x.leaves]
     if x.case.past:
-        state = x.state
-        exact, _ = reference(*wide, initial_state=tuple(y.double() for y in state), return_state=True)  # type: ignore[arg-type, misc]
-        x.state = kx.LinearAttentionState(*(y.clone() for y in state))  # type: ignore[union-attr]
+        kv, z = x.kv, x.z
+        exact, *_ = reference(*wide, initial_state=(kv.double(), z.double()), return_state=True)
+        x.kv, x.z = kv.clone(), z.clone()
         out = function(*x.leaves)
-        x.state = state
+        x.kv, x.z = kv, z
+    elif x.case.length <= 512:
+        exact, out = reference(*wide, normalize=x.case.normalize), function(*x.leaves)
     else:
-        exact = (
-            reference(*wide, normalize=x.case.normalize) if x.case.length <= 512 else chunked(*wide, x.case.normalize)
-        )
-        out = function(*x.leaves)
+        exact, out = chunked(*wide, x.case.normalize), function(*x.leaves)
     return (out.double() - exact).abs().max().item() / exact.abs().max().item()
 
 
@@ -275,7 +273,7 @@ def copy(sets: list[Inputs]) -> Callable[[int], object]:
     def call(turn: int) -> None:
         x = sets[turn % len(sets)]
         if x.case.past:
-            x.state.kv.copy_(x.state.kv.clone())
+            x.kv.copy_(x.kv.clone())
             return
         tensors = {"forward": 2, "both": 7}[x.case.what]
         for i in range(tensors):

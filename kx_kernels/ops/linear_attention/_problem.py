@@ -39,7 +39,9 @@ class LinearAttentionProblem(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        return self[:NUM_TENSORS]  # type: ignore[return-value]
+        required = (self.q, self.k, self.v)
+        tables = (self.decay, self.cos, self.sin, self.offsets, self.mask, self.cu_seqlens)
+        return *required, *tables, self.kv0, self.z0, self.slots
 
     @property
     def options(self) -> tuple:
@@ -99,7 +101,8 @@ def empty_results(p: LinearAttentionProblem) -> Results:
 
 
 def empty_gradients(p: LinearAttentionProblem) -> Gradients:
-    return Gradients(*(None if x is None else torch.empty_like(x) for x in (p.q, p.k, p.v, p.kv0, p.z0)))  # type: ignore[arg-type]
+    kv0, z0 = (None if x is None else torch.empty_like(x) for x in (p.kv0, p.z0))
+    return Gradients(torch.empty_like(p.q), torch.empty_like(p.k), torch.empty_like(p.v), kv0, z0)
 
 
 SEGMENT = 512  # tokens of a sequence that are worth a block of their own
