@@ -20,8 +20,9 @@ from torch.utils._pytree import tree_leaves
 
 import kx_kernels as kx
 from kx_kernels._core import native
-from kx_kernels._core.spec import OpSpec, all_specs
+from kx_kernels._core.spec import Call, OpSpec, all_specs
 from kx_kernels.testing.budget import budget
+from kx_kernels.testing.comparison import exact_and_eager, neighbours
 from kx_kernels.testing.emulation import emulated_cuda
 
 ROOT = Path(__file__).parent.parent
@@ -32,20 +33,26 @@ def _tensors(result: Any) -> list[Tensor]:
 
 
 def _errors(spec: OpSpec, case: str, dtype: torch.dtype, device: str, backend: str) -> tuple[float, float]:
-    """Largest error and the budget, both in roundings of the largest value."""
+    """The largest error of an output and its budget, both in roundings of the output's largest value."""
     call = spec.call(case, dtype, device)
-    eager_dtype = torch.float32 if dtype == torch.float64 else dtype
+
+    def compute(function: Any, c: Call) -> list[Tensor]:
+        return _tensors(function(**c))
+
     outs = _tensors(spec.function(**call, backend=backend))
-    exact = _tensors(spec.reference(**spec.cast(call, torch.float64)))
-    eager = _tensors(spec.reference(**spec.cast(call, eager_dtype)))
-    scale = torch.finfo(dtype).eps / torch.finfo(eager_dtype).eps
-    worst, allowed = 0.0, 0.0
-    for y, e, g in zip(outs, exact, eager, strict=True):
-        if y.numel():
-            unit = torch.finfo(dtype).eps * e.abs().max().item()
-            worst = max(worst, (y.double() - e).abs().max().item() / unit)
-            allowed = max(allowed, budget(e, g) * scale / unit)
-    return worst, allowed
+    worst = (0.0, 0.0)
+    for i, (y, pair) in enumerate(zip(outs, exact_and_eager(spec, call, dtype, backend, compute), strict=True)):
+        if y.numel() == 0:
+            continue
+        exact, eager = pair
+        error, allowed = (y.double() - exact).abs().max().item(), budget(exact, eager, dtype)
+        if error > allowed:  # one draw of eager PyTorch's error can be small by luck
+            near = neighbours(spec, call, dtype, backend, compute, i)
+            allowed = max(allowed, *(budget(*other, dtype) for other in near))
+        unit = torch.finfo(dtype).eps * exact.abs().max().item()
+        if unit > 0:
+            worst = max(worst, (error / unit, allowed / unit))
+    return worst
 
 
 def rows(spec: OpSpec, device: str) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 import kx_kernels as kx
 from kx_kernels._core.spec import Call, OpSpec, all_specs
 from kx_kernels.testing.budget import assert_within_budget
+from kx_kernels.testing.comparison import exact_and_eager, neighbours
 from kx_kernels.testing.poison import LAYOUTS, poisoned_allocation, same_bits
 
 SPECS = {spec.name: spec for spec in all_specs()}
@@ -63,28 +64,6 @@ def gradients(spec: OpSpec, function: Any, call: Call, weights: list[Tensor], **
     call, leaves = with_grad(spec, call)
     outs = flat(function(**call, **how))
     return list(torch.autograd.grad(outs, leaves, [w.to(o.dtype) for w, o in zip(weights, outs, strict=True)]))
-
-
-def exact_and_eager(
-    spec: OpSpec, call: Call, dtype: torch.dtype, backend: str, compute: Any
-) -> list[tuple[Tensor, Tensor]]:
-    """compute(function, call) by the reference in float64, eagerly in the dtype under test (float64: float32)."""
-    narrow = spec.cast(call, torch.float32 if dtype == torch.float64 else dtype)
-    exact = compute(spec.reference, spec.cast(call, torch.float64))
-    return list(zip(exact, compute(spec.eager.get(backend, spec.reference), narrow), strict=True))
-
-
-def neighbours(spec: OpSpec, call: Call, dtype: torch.dtype, backend: str, compute: Any, i: int) -> Any:
-    """What the i-th result of `compute` is for inputs up to 1 % off, in float64 and in the dtype under test."""
-    generator = torch.Generator().manual_seed(0)
-
-    def nearby(x: Tensor) -> Tensor:
-        off = 0.01 * torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x.device)
-        return (x.double() * (1 + off)).to(x.dtype)
-
-    for _ in range(4):
-        change = pytree.tree_map_only(Tensor, nearby, {n: call[n] for n in spec.differentiable if n in call})
-        yield exact_and_eager(spec, call | change, dtype, backend, compute)[i]
 
 
 @pytest.mark.parametrize("spec", specs())
