@@ -279,7 +279,7 @@ STEPS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", STEPS)
-@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 3, 9])
 def test_steps_equal_the_whole(lane: Any, name: str, tokens: int) -> None:
     """Outputs and states of 9 tokens, some at a time, for grouped heads and states in slots."""
     how = {n: pytree.tree_map_only(Tensor, lambda x: x.to(lane.device), x) for n, x in STEPS[name].items()}

@@ -23,6 +23,7 @@ using namespace ::kx::KX_ISA;  // the vectors of this instruction set
 constexpr int kChunk = 64;                // tokens
 constexpr int64_t kSegment = 8 * kChunk;  // tokens that are worth a thread of their own
 constexpr int64_t kGrain = 1 << 15;       // multiplications that are
+constexpr int64_t kFew = 8;               // tokens that are faster one by one than as a chunk
 
 template <class A>
 struct Free {
@@ -87,6 +88,50 @@ void scale_row(A c, A* x, int64_t n) {
   }
 }
 
+// A token's way through a state [rows, columns], and what a query reads after it: S = kept·S + b vᵀ, o = Sᵀa. Without b
+// the state is only read. Its rows lie in memory without padding.
+template <class A>
+void pass_state(int rows, int columns, const A* a, const A* b, const A* v, A kept, A* state, A* o) {
+  constexpr int kLanes = vector_t<A>::kLanes, kWide = 4;  // vectors of columns at a time
+  int e = 0;
+  const auto vectors = [&](auto count) {
+    constexpr int kVectors = decltype(count)::value;
+    for (; e + kVectors * kLanes <= columns; e += kVectors * kLanes) {
+      vector_t<A> added[kVectors], sums[kVectors];
+      for (int n = 0; n < kVectors; ++n) {
+        added[n] = load(v + e + n * kLanes);
+        sums[n] = all(A{0});
+      }
+      for (int d = 0; d < rows; ++d) {
+        A* const row = state + static_cast<int64_t>(d) * columns + e;
+        for (int n = 0; n < kVectors; ++n) {
+          auto x = load(row + n * kLanes);
+          if (b != nullptr) {
+            x = fma(all(b[d]), added[n], mul(all(kept), x));
+            store(row + n * kLanes, x);
+          }
+          sums[n] = fma(all(a[d]), x, sums[n]);
+        }
+      }
+      for (int n = 0; n < kVectors; ++n) {
+        store(o + e + n * kLanes, sums[n]);
+      }
+    }
+  };
+  vectors(std::integral_constant<int, kWide>{});
+  vectors(std::integral_constant<int, 1>{});
+  std::fill(o + e, o + columns, A{0});
+  for (int d = 0; d < rows && e < columns; ++d) {
+    A* const row = state + static_cast<int64_t>(d) * columns;
+    for (int column = e; column < columns; ++column) {
+      if (b != nullptr) {
+        row[column] = kept * row[column] + b[d] * v[column];
+      }
+      o[column] += a[d] * row[column];
+    }
+  }
+}
+
 // Tokens of one sequence that one thread works on, of the heads that share a head of keys and values.
 struct Span {
   int64_t sequence, kv_head, begin, end;  // places in the sequence
@@ -134,25 +179,33 @@ class Ahead {
 template <class T, class A>
 class Worker {
  public:
-  explicit Worker(const Problem& p)
-      : p(p), key_dim(static_cast<int>(p.key_dim)), value_dim(static_cast<int>(p.value_dim)) {
+  // `chunk`: the tokens it works on together, kChunk or one.
+  Worker(const Problem& p, int chunk)
+      : p(p), chunk(chunk), key_dim(static_cast<int>(p.key_dim)), value_dim(static_cast<int>(p.value_dim)) {
     for (A** row : {&spare_slope, &total}) {
       *row = take(kw);
     }
-    for (A** rows : {&a, &a_slope, &b, &b_slope, &grad_a, &grad_b, &z_rows}) {
-      *rows = take(kChunk * kw);
+    for (A** rows : {&a, &b, &z_rows}) {
+      *rows = take(chunk * kw);
     }
-    for (A** rows : {&v, &out, &grad_n}) {
-      *rows = take(kChunk * vw);
+    for (A** rows : {&v, &out}) {
+      *rows = take(chunk * vw);
     }
+    ra = p.cos != nullptr ? take(chunk * kw) : a;
+    rb = p.cos != nullptr ? take(chunk * kw) : b;
+    angles = take(2 * chunk * static_cast<size_t>(p.half));
+    if (chunk == 1) {
+      return;
+    }
+    for (A** rows : {&a_slope, &b_slope, &grad_a, &grad_b}) {
+      *rows = take(chunk * kw);
+    }
+    grad_n = take(chunk * vw);
     for (A** square : {&scores, &grad_scores}) {
-      *square = take(kChunk * kChunk);
+      *square = take(chunk * chunk);
     }
-    ra = p.cos != nullptr ? take(kChunk * kw) : a;
-    rb = p.cos != nullptr ? take(kChunk * kw) : b;
-    angles = take(2 * kChunk * static_cast<size_t>(p.half));
-    b_columns = take(static_cast<size_t>(kw) * kChunk);
-    v_columns = take(static_cast<size_t>(vw) * kChunk);
+    b_columns = take(static_cast<size_t>(kw) * chunk);
+    v_columns = take(static_cast<size_t>(vw) * chunk);
     turned = take(static_cast<size_t>(vw) * kw);
     own_state = take(state_size());
   }
@@ -162,7 +215,7 @@ class Worker {
 
   // Readies the thread for a span, with the state it starts from or null for a state of its own to fill.
   A* begin(const Span& span, A* state) {
-    for (int n = 0; n <= kChunk; ++n) {
+    for (int n = 0; n <= chunk; ++n) {
       power[n] = p.decay != nullptr ? static_cast<A>(std::pow(p.decay[span.kv_head], n)) : A{1};
     }
     return state != nullptr ? state : own_state;
@@ -190,6 +243,29 @@ class Worker {
       }
       if (p.causal) {
         add_keys(rows, state);
+      }
+    }
+  }
+
+  // The outputs token by token, in the place of the states: all that a few tokens cost is to read and write those.
+  void decode(const Span& span) {
+    begin(span, nullptr);
+    A* const state = static_cast<A*>(p.kv) + state_of(span) * key_dim * value_dim;
+    A* const z = p.normalize ? static_cast<A*>(p.z) + state_of(span) * key_dim : nullptr;
+    for (int64_t place = span.begin; place < span.end; ++place) {
+      const Rows rows = rows_at(span, place);
+      load_angles(rows);
+      load_keys(rows, span.kv_head, nullptr);
+      load_values(rows, span.kv_head);
+      for (int d = 0; d < key_dim && z != nullptr; ++d) {
+        z[d] = power[1] * z[d] + b[d];
+        z_rows[d] = z[d];
+      }
+      const A* added = rb;
+      for (int64_t head = first_head(span); head < last_head(span); ++head, added = nullptr) {
+        load_queries(rows, head, nullptr);
+        pass_state(key_dim, value_dim, ra, added, v, power[1], state, out);
+        store_outputs(rows, head, nullptr);
       }
     }
   }
@@ -319,7 +395,7 @@ class Worker {
   Rows rows_at(const Span& span, int64_t place) const {
     const bool packed = p.cu_seqlens != nullptr;
     return {span.sequence, packed ? 0 : span.sequence, (packed ? p.cu_seqlens[span.sequence] : 0) + place, place,
-            static_cast<int>(std::min<int64_t>(kChunk, span.end - place))};
+            static_cast<int>(std::min<int64_t>(chunk, span.end - place))};
   }
 
   // A chunk's place in memory. Readies its angles, and asks for what the chunk after it (in this direction) will read.
@@ -662,7 +738,7 @@ class Worker {
   static int whole_vectors(int64_t n) { return static_cast<int>((n + kLanes - 1) / kLanes * kLanes); }
 
   const Problem& p;
-  const int key_dim, value_dim;
+  const int chunk, key_dim, value_dim;
   const int kw = whole_vectors(p.key_dim), vw = whole_vectors(p.value_dim);  // widths of rows
   A *a, *ra, *a_slope;       // [chunk, kw]: φ(q), rotated, and its derivative
   A *b, *rb, *b_slope;       // of k
@@ -754,7 +830,7 @@ void run(const Problem& p, const Pass<T, A>& pass, const std::vector<Span>& span
   Buffer<A> states;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    Worker<T, A> worker(p);
+    Worker<T, A> worker(p, kChunk);
     const int64_t size = worker.state_size();
     if (summed) {
 #pragma omp single
@@ -806,9 +882,26 @@ int threads_for(const Problem& p, int num_threads) {
 }
 
 template <class T>
+void decode(const Problem& p, int threads) {
+  const int64_t count = p.num_sequences * p.kv_heads;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Worker<T, compute_t<T>> worker(p, 1);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < count; ++i) {
+      worker.decode({i / p.kv_heads, i % p.kv_heads, 0, p.length, true, true});
+    }
+  }
+}
+
+template <class T>
 void forward(const Problem& p, int num_threads) {
   using A = compute_t<T>;
   const int threads = threads_for(p, num_threads);
+  const bool in_place = p.kv != nullptr && p.kv == p.kv0;
+  if (in_place && p.length <= kFew) {
+    return decode<T>(p, threads);
+  }
   const Pass<T, A> pass{false, &Worker<T, A>::forward, &Worker<T, A>::sum_keys, p.kv0, p.z0, p.kv, p.z};
   run(p, pass, split(p, threads), threads);
   clear_surplus<T>(p, p.o, p.heads, p.value_dim);

@@ -1,6 +1,6 @@
-// Linear attention's CUDA kernels on the CPU, on random problems whose buffers end where their last element ends: no
-// access past them (AddressSanitizer), no race (the race checker), every result written, the same bits under every
-// schedule. Whether they are the right ones is asked in tests/test_contract.py.
+// Linear attention's CPU kernels, and its CUDA kernels on the CPU, on random problems whose buffers end where their
+// last element ends: no access past them (AddressSanitizer), no race (the race checker), every result written, the same
+// bits under every schedule. Whether they are the right ones is asked in tests/test_contract.py.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -208,19 +208,7 @@ void run(int64_t number) {
     cuda(from, to, options, role, segments, segment, e, sums, z_sums, 0, 0);
   };
 
-  emulation::set_seed(static_cast<uint64_t>(number));
-  pass(in, out, 0, std::nullopt);
-  expect_written(out, number);
-
-  Tensors backward = in;
-  backward.push_back(out[1]);
-  backward.push_back(memory.normal(dtype, o_size));
-  backward.push_back(toss(random) ? std::optional(memory.normal(DType::kFloat32, kv_size)) : std::nullopt);
-  backward.push_back(normalize && toss(random) ? std::optional(memory.normal(DType::kFloat32, z_size)) : std::nullopt);
-  const int64_t parts = (key_dim + 63) / 64;
-  std::string first;
-  for (uint64_t schedule = 0; schedule < 2; ++schedule) {
-    emulation::set_seed(static_cast<uint64_t>(number) + schedule);
+  const auto gradients_for = [&] {
     Tensors gradients(6);
     gradients[0] = memory.empty(dtype, q_size);
     gradients[1] = memory.empty(dtype, k_size);
@@ -231,6 +219,24 @@ void run(int64_t number) {
         gradients[4] = memory.empty(DType::kFloat32, z_size);
       }
     }
+    return gradients;
+  };
+
+  emulation::set_seed(static_cast<uint64_t>(number));
+  pass(in, out, 0, std::nullopt);
+  expect_written(out, number);
+  cpu(in, out, options, 2);
+
+  Tensors backward = in;
+  backward.push_back(out[1]);
+  backward.push_back(memory.normal(dtype, o_size));
+  backward.push_back(toss(random) ? std::optional(memory.normal(DType::kFloat32, kv_size)) : std::nullopt);
+  backward.push_back(normalize && toss(random) ? std::optional(memory.normal(DType::kFloat32, z_size)) : std::nullopt);
+  const int64_t parts = (key_dim + 63) / 64;
+  std::string first;
+  for (uint64_t schedule = 0; schedule < 2; ++schedule) {
+    emulation::set_seed(static_cast<uint64_t>(number) + schedule);
+    Tensors gradients = gradients_for();
     std::optional<Tensor> e;
     if (normalize) {
       e = memory.empty(DType::kFloat32, {parts, batch, length, heads});
@@ -248,6 +254,24 @@ void run(int64_t number) {
       std::exit(1);
     }
     first = bytes;
+  }
+  Tensors gradients = gradients_for();
+  if (normalize) {
+    gradients[5] = memory.empty(DType::kFloat32, {batch, length, heads});
+  }
+  cpu_backward(backward, gradients, options, 2);
+  expect_written(gradients, number);
+  if (has_state && causal && !packed) {  // the first tokens, in the place of the states
+    for (std::optional<Tensor>* x : {&in[0], &in[1], &in[2], &in[7], &out[0]}) {
+      if (*x) {
+        (*x)->size[1] = std::min<int64_t>(length, 3);
+      }
+    }
+    out[1] = std::nullopt;
+    out[2] = in[9];
+    out[3] = in[10];
+    cpu(in, out, options, 2);
+    cuda_step(in, out, options, 0, 0);
   }
 }
 

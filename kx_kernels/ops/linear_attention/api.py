@@ -212,12 +212,12 @@ def linear_attention_step(
         TypeError: a dtype or type that does not fit.
         UnsupportedError: the backend asked for by name cannot serve this call.
     """
-    p = step_problem(
+    p = _checked_step(
         q,
         k,
         v,
         state,
-        slots=slots,
+        slots,
         feature_map=feature_map,
         stabilizer=stabilizer,
         normalize=normalize,
@@ -232,8 +232,12 @@ def linear_attention_step(
     return step(p, dispatch.requested(backend))
 
 
-def step_problem(q, k, v, state, *, slots=None, **options) -> LinearAttentionProblem:
+def step_problem(*args, **kwargs) -> LinearAttentionProblem:
     """A call of linear_attention_step as its backends see it, checked."""
+    return _checked_step(**bound(linear_attention_step, args, kwargs, without=("backend",)))
+
+
+def _checked_step(q, k, v, state, slots, **options) -> LinearAttentionProblem:
     op = "linear_attention_step"
     if not isinstance(state, (tuple, list)) or len(state) != 2:
         reject(op, "state", Description(f"a {type(state).__name__}"), "a pair of tensors, kv and z", TypeError)
@@ -249,13 +253,14 @@ def step_problem(q, k, v, state, *, slots=None, **options) -> LinearAttentionPro
         if slots.shape != q.shape[:1]:
             reject(op, "slots", slots, f"shape [B] = {list(q.shape[:1])}")
         slots = slots.long().contiguous()
-    p = problem(q, k, v, initial_state=state, _states=None if slots is None else state[0].shape[0], **options)
-    return p._replace(slots=slots)
+    states = None if slots is None else state[0].shape[0]
+    options |= {"causal": True, "cu_seqlens": None, "initial_state": state, "return_state": False, "states": states}
+    return _checked(q, k, v, **options)._replace(slots=slots)
 
 
-def problem(*args, _states=None, **kwargs) -> LinearAttentionProblem:
-    """A call as its backends see it, checked. `_states`: how many there are, if not as many as sequences."""
-    return _checked(**bound(linear_attention, args, kwargs, without=("backend",)), states=_states)
+def problem(*args, **kwargs) -> LinearAttentionProblem:
+    """A call as its backends see it, checked."""
+    return _checked(**bound(linear_attention, args, kwargs, without=("backend",)))
 
 
 def survey(*args, **kwargs) -> list[tuple[str, str | None]]:
