@@ -61,9 +61,11 @@ PYBIND11_MODULE(KX_MODULE_NAME, m) {
   m.attr("cuda_architectures") = KX_STRING(KX_CUDA_ARCHITECTURES);
   m.def("rope_cuda", &kx::rope::cuda);
   m.def("linear_attention_cuda", &kx::linear_attention::cuda);
+  m.def("linear_attention_cuda_fits", &kx::linear_attention::cuda_fits);
   m.def("linear_attention_cuda_step", &kx::linear_attention::cuda_step);
 #ifdef KX_EMULATION
   m.def("set_seed", &kx::emulation::set_seed);
+  m.def("set_wgmma", &kx::emulation::set_wgmma);
 #endif
 #else
   m.attr("has_cuda") = false;

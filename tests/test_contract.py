@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import kx_kernels as kx
+from kx_kernels._core import native
 from kx_kernels._core.spec import Call, OpSpec, all_specs
 from kx_kernels.testing.budget import assert_within_budget
 from kx_kernels.testing.comparison import exact_and_eager, neighbours
+from kx_kernels.testing.emulation import emulated_cuda
 from kx_kernels.testing.poison import LAYOUTS, poisoned_allocation, same_bits
 
 SPECS = {spec.name: spec for spec in all_specs()}
@@ -75,37 +77,49 @@ def test_reference_has_the_public_signature(spec: OpSpec) -> None:
     assert arguments(spec.function) == arguments(spec.reference)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize(("spec", "case"), cases())
-def test_forward_and_backward_within_budget(lane, spec: OpSpec, case: str, dtype: torch.dtype) -> None:
-    """Values and gradients against float64, with every output written and every input left as it was.
-
-    What a backend cannot do it refuses by name, with its reason.
-    """
-    serves(lane, spec)
-    call = spec.call(case, dtype, lane.device)
-    refusal = spec.cannot.get((lane.backend, lane.device, dtype))
-    if refusal:
-        with pytest.raises(kx.UnsupportedError, match=f"{lane.backend}: .*{refusal}"):
-            spec.function(**call, backend=lane.backend)
-        return
+def assert_case_within_budget(spec: OpSpec, case: str, dtype: torch.dtype, backend: str, device: str) -> None:
+    """Values and gradients against float64, with every output written and every input left as it was."""
+    call = spec.call(case, dtype, device)
     before = {name: x.clone() for name, x in tensors(call).items()}
     with poisoned_allocation():
-        outs = flat(spec.function(**call, backend=lane.backend))
+        outs = flat(spec.function(**call, backend=backend))
         weights = [torch.randn_like(o) for o in outs]
-        grads = gradients(spec, spec.function, call, weights, backend=lane.backend)
+        grads = gradients(spec, spec.function, call, weights, backend=backend)
     names = [f"output {i}" for i in range(len(outs))]
     names += [f"gradient of {n}" for n in tensors({n: call[n] for n in spec.differentiable if n in call})]
 
     def compute(function: Any, c: Call) -> list[Tensor]:
         return flat(function(**c)) + gradients(spec, function, c, weights)
 
-    pairs = exact_and_eager(spec, call, dtype, lane.backend, compute)
+    pairs = exact_and_eager(spec, call, dtype, backend, compute)
     for i, (name, actual, (exact, eager)) in enumerate(zip(names, outs + grads, pairs, strict=True)):
-        near = functools.partial(neighbours, spec, call, dtype, lane.backend, compute, i)
+        near = functools.partial(neighbours, spec, call, dtype, backend, compute, i)
         assert_within_budget(actual, exact, eager, name, near)
     for name, x in tensors(call).items():
         assert same_bits(x, before[name]), f"{name} was changed"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(("spec", "case"), cases())
+def test_forward_and_backward_within_budget(lane, spec: OpSpec, case: str, dtype: torch.dtype) -> None:
+    """What a backend cannot do it refuses by name, with its reason."""
+    serves(lane, spec)
+    refusal = spec.cannot.get((lane.backend, lane.device, dtype))
+    if refusal:
+        with pytest.raises(kx.UnsupportedError, match=f"{lane.backend}: .*{refusal}"):
+            spec.function(**spec.call(case, dtype, lane.device), backend=lane.backend)
+        return
+    assert_case_within_budget(spec, case, dtype, lane.backend, lane.device)
+
+
+@pytest.mark.skipif(native.load("_emulation") is None, reason="the emulation is not built")
+@pytest.mark.parametrize(("spec", "case"), cases())
+def test_machines_without_wgmma(spec: OpSpec, case: str) -> None:
+    """What CUDA kernels do where the tensor cores have mma.sync alone; the emulation has both."""
+    if not any(promise.tensor_core for promise in spec.promises if promise.backend == "cuda"):
+        pytest.skip(f"{spec.name} has no CUDA kernel on tensor cores")
+    with emulated_cuda(wgmma=False):
+        assert_case_within_budget(spec, case, torch.bfloat16, "cuda", "cpu")
 
 
 @pytest.mark.parametrize(("spec", "case"), cases())

@@ -46,6 +46,15 @@ __device__ inline double fma_rn(double a, double b, double c) { return __fma_rn(
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 #endif
 
+// x, of which the compiler knows nothing from here on: what follows from it is computed where it is used, and not once
+// before a loop, to be kept in registers.
+__device__ inline int unknown(int x) {
+#ifndef KX_EMULATION
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // One lane of those in `mask`, the same for everyone who asks: for what one thread of a warp does. All lanes of `mask`
 // call it together.
 __device__ inline bool elect_one(uint32_t mask = 0xffffffffu KX_CALLER) {

@@ -46,6 +46,27 @@ class DeviceGuard {
   bool switched_ = false;
 };
 
+// Bytes of shared memory that a launch can ask for on the current device.
+inline size_t max_shared_bytes() {
+  int device = 0, bytes = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory");
+  return static_cast<size_t>(bytes);
+}
+
+// Whether the current device runs kernels as code for sm_90a, which has wgmma.
+inline bool has_wgmma() {
+#ifdef KX_HAS_SM90A
+  int device = 0, major = 0, minor = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "compute capability");
+  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "compute capability");
+  return major == 9 && minor == 0;
+#else
+  return false;
+#endif
+}
+
 struct Launch {
   dim3 grid, block;
   size_t shared_bytes = 0;

@@ -1,28 +1,40 @@
-// Products of tiles in shared memory by the tensor cores of one warp: d [16, 8·N] += a [16, k] · b [k, 8·N].
+// Products of tiles in shared memory by the tensor cores: by one warp, d [16, 8·N] += a [16, k] · b [k, 8·N], with
+// mma.sync; or by four warps, of 64 rows of d, with wgmma.
 //
 // A tile's elements are an Operand: bfloat16, or float where the product is taken in TF32 or, each factor split in two,
-// in four TF32 products, which together have float32's precision. d is laid out as in mma.cuh.
+// in four TF32 products, which together have float32's precision. d is laid out as in mma.cuh: four warps have of
+// wgmma's d what each has of its own.
 #pragma once
 
+#include "barrier.cuh"
 #include "mma.cuh"
+#include "wgmma.cuh"
 
 namespace kx {
 
-// A tile in shared memory.
-template <class E>
+// A tile in shared memory. For mma.sync, kSwizzle is 0: rows are padded by 16 bytes, so that rows of 8 × 16 bytes and
+// columns of floats fall on different banks. For wgmma the tile is cut into panels of kSwizzle bytes of columns, each
+// with all rows, swizzled; whoever writes it calls fence_proxy_async() before the barrier that readers wait at.
+template <class E, int kRows, int kColumns, int kSwizzle = 0>
 struct Tile {
-  E* data;
-  int stride;
+  static constexpr int kPanel = kSwizzle == 0 ? kColumns : kSwizzle / static_cast<int>(sizeof(E));
+  static constexpr int kStride = kSwizzle == 0 ? kColumns + 16 / static_cast<int>(sizeof(E)) : kPanel;
+  static_assert(kColumns % kPanel == 0, "whole panels");
 
-  __device__ E* at(int row, int column) const { return data + row * stride + column; }
+  alignas(kSwizzle == 0 ? 16 : 1024) E data[kColumns / kPanel * kRows * kStride];
+
+  __device__ E* at(int row, int column) {
+    if constexpr (kSwizzle == 0) {
+      return data + row * kStride + column;
+    } else {
+      constexpr int kVector = 16 / sizeof(E);  // what the swizzle moves as one
+      const int in_panel = column % kPanel;
+      const int vector = in_panel / kVector ^ row / (128 / kSwizzle) % (kSwizzle / 16);
+      return panel(column) + row * kStride + vector * kVector + in_panel % kVector;
+    }
+  }
+  __device__ E* panel(int column) { return data + column / kPanel * kRows * kStride; }
 };
-
-// The stride of a tile of so many columns, in elements: 16 bytes more than a multiple of 128, so that rows of 8 × 16
-// bytes and columns of floats fall on different banks.
-template <class E>
-__host__ __device__ constexpr int padded(int columns) {
-  return columns + 16 / static_cast<int>(sizeof(E));
-}
 
 // How the elements of type T of a call are multiplied.
 template <class T>
@@ -50,14 +62,36 @@ __device__ inline typename Products<T>::Operand operand(float x) {
   }
 }
 
+// Where wgmma finds rows `row` on of a tile's columns `column` on: with k along the rows, or if kTurned down them.
+template <bool kTurned, class E, int kRows, int kColumns, int kSwizzle>
+__device__ inline MatrixDescriptor describe(Tile<E, kRows, kColumns, kSwizzle>& tile, int row, int column) {
+  constexpr Swizzle kMode = kSwizzle == 128 ? Swizzle::k128 : kSwizzle == 64 ? Swizzle::k64 : Swizzle::k32;
+  constexpr unsigned kLeading = kTurned ? kRows * kSwizzle : 16;
+  E* const start = tile.panel(column) + row * tile.kStride + column % tile.kPanel;
+  return describe_matrix(start, kLeading, 8 * kSwizzle, kMode);
+}
+
 // d += a · b for k in [0, depth). a is [16, k] from (a_row, 0) of its tile, or [k, 16] from (0, a_row) if kTurnedA; b
-// is [8·N, k] from (b_row, 0), or [k, 8·N] from (0, b_row) if kTurnedB.
-template <class T, bool kTurnedA, bool kTurnedB, int N>
-__device__ inline void multiply(float (&d)[N][4], const Tile<typename Products<T>::Operand>& a, int a_row,
-                                const Tile<typename Products<T>::Operand>& b, int b_row, int depth) {
+// is [8·N, k] from (b_row, 0), or [k, 8·N] from (0, b_row) if kTurnedB. With swizzled tiles four warps do it together,
+// whose a_row are 16 apart from a multiple of 64 on.
+template <class T, bool kTurnedA, bool kTurnedB, int N, class A, class B>
+__device__ inline void multiply(float (&d)[N][4], A& a, int a_row, B& b, int b_row, int depth) {
   const int lane = threadIdx.x % 32;
-  if constexpr (std::is_same_v<T, bfloat16>) {
+  if constexpr (A::kPanel == A::kStride) {
+    auto& registers = reinterpret_cast<float (&)[4 * N]>(d);
+    constexpr Major kA = kTurnedA ? Major::kMN : Major::kK, kB = kTurnedB ? Major::kMN : Major::kK;
+    a_row = a_row / 64 * 64;
+    fence_products(registers);
+#pragma unroll
+    for (int k = 0; k < depth; k += 16) {
+      wgmma<T, 8 * N, kA, kB>(registers, kTurnedA ? describe<true>(a, k, a_row) : describe<false>(a, a_row, k),
+                              kTurnedB ? describe<true>(b, k, b_row) : describe<false>(b, b_row, k));
+    }
+    commit_products();
+    wait_products<0>(registers);
+  } else if constexpr (std::is_same_v<T, bfloat16>) {
     const int low = lane % 8, second = lane / 8 % 2 * 8, third = lane / 16 * 8;
+#pragma unroll 2  // all at once would keep every address in a register
     for (int k = 0; k < depth; k += 16) {
       uint32_t x[4];
       if constexpr (kTurnedA) {
@@ -78,6 +112,7 @@ __device__ inline void multiply(float (&d)[N][4], const Tile<typename Products<T
     }
   } else {
     const int g = lane / 4, t = lane % 4;
+#pragma unroll 2
     for (int k = 0; k < depth; k += 8) {
       float x[4];
 #pragma unroll

@@ -226,6 +226,9 @@ void* peer_memory(const void* own, unsigned rank, Location here);
 
 // The seed of the launches that follow, see Cluster.
 void set_seed(uint64_t seed);
+// Whether launches find wgmma: if not, they choose what they would on machines without.
+void set_wgmma(bool found);
+bool finds_wgmma();
 uint64_t seed();
 
 }  // namespace kx::emulation

@@ -1,7 +1,6 @@
 #include "../cuda/launch.cuh"
 
 namespace kx::emulation {
-
 void run(const Launch& launch, const std::function<void()>& body) {
   const Dim3 grid = launch.grid, block = launch.block, cluster = launch.cluster;
   if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
@@ -10,8 +9,9 @@ void run(const Launch& launch, const std::function<void()>& body) {
   if (block.x < 1 || block.y < 1 || block.z < 1 || block.count() > 1024 || block.z > 64) {
     fail("a block has 1 to 1024 threads, at most 64 along z");
   }
-  if (launch.shared_bytes > 232448) {
-    fail("a block has at most 232448 bytes of shared memory, not " + std::to_string(launch.shared_bytes));
+  if (launch.shared_bytes > kMaxSharedBytes) {
+    fail("a block has at most " + std::to_string(kMaxSharedBytes) + " bytes of shared memory, not " +
+         std::to_string(launch.shared_bytes));
   }
   if (cluster.count() < 1 || cluster.count() > 16 || grid.x % cluster.x != 0 || grid.y % cluster.y != 0 ||
       grid.z % cluster.z != 0) {

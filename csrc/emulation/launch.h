@@ -12,6 +12,13 @@ class DeviceGuard {
   explicit DeviceGuard(int) {}
 };
 
+namespace emulation {
+constexpr size_t kMaxSharedBytes = 232448;  // sm_90
+}  // namespace emulation
+
+inline size_t max_shared_bytes() { return emulation::kMaxSharedBytes; }
+inline bool has_wgmma() { return emulation::finds_wgmma(); }
+
 struct Launch {
   dim3 grid, block;
   size_t shared_bytes = 0;

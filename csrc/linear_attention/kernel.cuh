@@ -6,11 +6,12 @@
 //   kQueries  ∂ã   g  v  b̃   j ≤ i   Sᵀ             z = Σ b
 //   kKeys     ∂b̃   v  g  ã   j ≥ i   Uᵀ             w = Σ e·a
 //   kValues   ∂v   b̃  ã  g   j ≥ i   U              none
-//   kE        as kQueries, of which it gives a slice's part of e: where a head of queries takes more than one slice
 //
+// Where a head of queries takes more than one slice, kQueries runs twice: for the slices' parts of e, then for ∂ã.
 // out_i = Σ_j γ^|i−j| (x_i·y_j) w_j. A block has x and y whole and kSlice columns of w: no sum is split.
 #pragma once
 
+#include "../cuda/copy.cuh"
 #include "../cuda/memory.cuh"
 #include "../cuda/tile.cuh"
 #include "problem.h"
@@ -18,51 +19,72 @@
 namespace kx::linear_attention {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kSlice = 64;  // columns of the output, and of the state, that a block works on
 
-enum class Role : int { kOut, kQueries, kKeys, kValues, kE };
+enum class Role : int { kOut, kQueries, kKeys, kValues };
 
-// One launch. States are [num_sequences, kv_heads, key_dim, value_dim] whatever the role.
+// Which roles go against time, and of which the inner dimension of products is that of keys.
+__host__ __device__ constexpr bool is_reverse(Role role) { return role == Role::kKeys || role == Role::kValues; }
+__host__ __device__ constexpr bool has_inner_keys(Role role) { return role == Role::kOut || role == Role::kValues; }
+
+// One role's part of a launch. States are [num_sequences, kv_heads, key_dim, value_dim] whatever the role.
 struct Pass {
   Problem p;
-  Role role;
-  bool sum;  // write the sums over segments to `sums` and `z_sums`, nothing else
+  bool sum;     // write the sums over segments to `sums` and `z_sums`, nothing else
+  bool only_e;  // of kQueries: write the slices' parts of e, nothing else
+  bool fetch;   // copy a chunk's rows while the one before it is worked on
   int slices, segments;
-  int64_t segment;  // tokens
+  int segment;  // tokens
+  int64_t blocks;
   View out;
   const float *state_in, *z_in;  // or null
   float *state_out, *z_out;
   float *sums, *z_sums;  // of every segment, or null
   float* e;              // [parts, B, T, heads]
   int e_parts;
-
-  __host__ __device__ bool reverse() const { return role == Role::kKeys || role == Role::kValues; }
-  __host__ __device__ bool inner_keys() const { return role == Role::kOut || role == Role::kValues; }
-  __host__ __device__ bool has_z() const { return p.normalize && role != Role::kValues && role != Role::kE; }
-  // Heads that blocks are made for.
-  __host__ __device__ int64_t heads() const { return reverse() || sum ? p.kv_heads : p.heads; }
 };
 
 // Tokens of a chunk: fewer where operands are wider.
 template <class T>
 constexpr int kChunk = std::is_same_v<T, bfloat16> ? 64 : 32;
 
-template <class T, int kInner>
-struct Shared {
+// How a kernel is laid out: kInner is the widest inner dimension it takes; a block has kSlice columns of the output,
+// and of the state; kWgmma says which tensor-core instructions its products are.
+template <class T_, int kInner_, int kSlice_, bool kWgmma_>
+struct Form {
+  using T = T_;
   using E = typename Products<T>::Operand;
-  static constexpr int kC = kChunk<T>;
-  alignas(16) E x[kC * padded<E>(kInner)];
-  alignas(16) E y[kC * padded<E>(kInner)];
-  alignas(16) E w[kC * padded<E>(kSlice)];
-  alignas(16) E plain[kC * padded<E>(kSlice)];  // of w, what RoPE has not turned
-  alignas(16) E state[kInner * padded<E>(kSlice)];
-  alignas(16) E weights[kC * padded<E>(kC)];  // of rows y for rows x
-  float z[kInner];
-  float rows[kWarps][kC];  // sums over the columns that a warp has
-  float power[kC + 1];     // γ^n
-  float lowest[kC], denominator[kC], e[kC];
-  int64_t position[kC];
-  bool keep[kC];
+  static constexpr int kInner = kInner_, kSlice = kSlice_, kC = kChunk<T>;
+  static constexpr int kZ = kInner > kSlice ? kInner : kSlice;
+  static constexpr bool kWgmma = kWgmma_;
+  using Rows = Tile<E, kC, kInner, kWgmma ? 128 : 0>;
+  using Columns = Tile<E, kC, kSlice, kWgmma ? kSlice : 0>;  // a panel for each of two groups of four warps
+  using State = Tile<E, kInner, kSlice, kWgmma ? kSlice : 0>;
+  using Weights = Tile<E, kC, kC, kWgmma ? 128 : 0>;
+};
+
+template <class F>
+struct Shared {
+  typename F::Rows x, y;
+  typename F::Columns w, plain;  // plain: of w, what RoPE has not turned
+  union {
+    typename F::State state;
+    float staged[F::kC][F::kSlice + 4];  // of the output: once the state has been multiplied
+  };
+  typename F::Weights weights;  // of rows y for rows x
+  float z[F::kZ];
+  float rows[kWarps][F::kC];  // sums over the columns that a warp has
+  float power[F::kC + 1];     // γ^n
+  float lowest[F::kC], denominator[F::kC], e[F::kC];
+  int64_t position[F::kC];
+  bool keep[F::kC];
+};
+
+// With rows of the next chunk, and of this one what its output belongs to, as they lie in memory: a thread copies what
+// it will read itself.
+template <class F>
+struct FetchingShared : Shared<F> {
+  alignas(16) typename F::T fetched_x[F::kC * F::kInner], fetched_y[F::kC * F::kInner];
+  alignas(16) typename F::T fetched_w[F::kC * F::kSlice], fetched_own[F::kC * F::kSlice];
 };
 
 __device__ inline double power(double x, int64_t n) {
@@ -73,33 +95,44 @@ __device__ inline double power(double x, int64_t n) {
   return y;
 }
 
-// φ of an element, and its derivative.
-__device__ __forceinline__ float feature(const Problem& p, float x, float lowest) {
-  switch (p.feature) {
-    case Feature::kElu1:
-      return x > 0 ? x + 1 : expf(x);
-    case Feature::kRelu:
-      return x < 0 ? 0 : x;
-    case Feature::kRelu2:
-      return x < 0 ? 0 : x * x;
-    case Feature::kExp:
-      return expf(x - lowest);
-    default:
-      return x;
+// y = change(y), each.
+template <int N, class Change>
+__device__ __forceinline__ void for_each(float (&y)[N], Change&& change) {
+#pragma unroll
+  for (float& x : y) {
+    x = change(x);
   }
 }
-__device__ __forceinline__ float slope(const Problem& p, float x, float lowest) {
+
+// φ of elements in their place, and its derivative.
+template <int N>
+__device__ __forceinline__ void apply_feature(const Problem& p, float (&y)[N], float lowest) {
   switch (p.feature) {
     case Feature::kElu1:
-      return x > 0 ? 1 : expf(x);
+      return for_each(y, [](float x) { return x > 0 ? x + 1 : expf(x); });
     case Feature::kRelu:
-      return x > 0 ? 1 : 0;
+      return for_each(y, [](float x) { return x < 0 ? 0 : x; });
     case Feature::kRelu2:
-      return x > 0 ? 2 * x : 0;
+      return for_each(y, [](float x) { return x < 0 ? 0 : x * x; });
     case Feature::kExp:
-      return expf(x - lowest);
+      return for_each(y, [=](float x) { return expf(x - lowest); });
     default:
-      return 1;
+      return;
+  }
+}
+template <int N>
+__device__ __forceinline__ void apply_slope(const Problem& p, float (&y)[N], float lowest) {
+  switch (p.feature) {
+    case Feature::kElu1:
+      return for_each(y, [](float x) { return x > 0 ? 1 : expf(x); });
+    case Feature::kRelu:
+      return for_each(y, [](float x) { return x > 0 ? 1.0f : 0.0f; });
+    case Feature::kRelu2:
+      return for_each(y, [](float x) { return x > 0 ? 2 * x : 0; });
+    case Feature::kExp:
+      return for_each(y, [=](float x) { return expf(x - lowest); });
+    default:
+      return for_each(y, [](float) { return 1.0f; });
   }
 }
 
@@ -139,10 +172,12 @@ __device__ __forceinline__ void angle(const Problem& p, bool keep, int64_t posit
 }
 
 // What a block does; its members are the same for all threads but those at the end.
-template <class T, int kInner>
+template <class F, Role kRole>
 class Block {
-  using E = typename Products<T>::Operand;
-  static constexpr int kC = kChunk<T>;
+  using T = typename F::T;
+  using E = typename F::E;
+  static constexpr int kInner = F::kInner, kSlice = F::kSlice, kC = F::kC;
+  static constexpr bool kReverse = is_reverse(kRole), kInnerKeys = has_inner_keys(kRole);
   static constexpr int kRowTiles = kC / 16;           // of a [kC, …] product, one to a warp
   static constexpr int kGroups = kWarps / kRowTiles;  // of warps that share rows and have columns of their own
   static constexpr int kOutTiles = kSlice / 8 / kGroups;
@@ -151,151 +186,161 @@ class Block {
   static constexpr int kStateGroups = kWarps / kStateRows;
   static constexpr int kStateRepeats = kInner / 16 / kStateRows;
   static constexpr int kStateTiles = kSlice / 8 / kStateGroups;
+  static constexpr int kWide = 16 / sizeof(T);  // elements of a vector
 
  public:
-  __device__ __forceinline__ Block(const Pass& pass, Shared<T, kInner>& shared)
+  __device__ __forceinline__ Block(const Pass& pass, Shared<F>& shared, int id)
       : pass(pass), p(pass.p), shared(shared) {
-    int64_t id = blockIdx.x;
     part = static_cast<int>(id % pass.slices);
     id /= pass.slices;
-    head = id % pass.heads();
-    id /= pass.heads();
+    const int heads = kReverse || pass.sum ? p.kv_heads : p.heads;
+    head = id % heads;
+    id /= heads;
     this_segment = id % pass.segments;
     n = id / pass.segments;
-    kv_head = pass.reverse() || pass.sum ? head : head / (p.heads / p.kv_heads);
+    kv_head = kReverse || pass.sum ? head : head / (p.heads / p.kv_heads);
     batch = p.cu_seqlens != nullptr ? 0 : n;
-    tokens = p.length;
+    tokens = static_cast<int>(p.length);
     if (p.cu_seqlens != nullptr) {
-      begin = clamp(p.cu_seqlens[n], 0, p.length);
-      tokens = clamp(p.cu_seqlens[n + 1], begin, p.length) - begin;
+      begin = clamp(p.cu_seqlens[n], 0, tokens);
+      tokens = clamp(p.cu_seqlens[n + 1], begin, tokens) - begin;
     }
     first = this_segment * pass.segment;
     last = first + pass.segment < tokens ? first + pass.segment : tokens;
     slice = part * kSlice;
-    decay = p.decay != nullptr ? p.decay[kv_head] : 1;
-    inner_dim = static_cast<int>(pass.inner_keys() ? p.key_dim : p.value_dim);
-    slice_dim = static_cast<int>(pass.inner_keys() ? p.value_dim : p.key_dim);
+    inner_dim = static_cast<int>(kInnerKeys ? p.key_dim : p.value_dim);
+    slice_dim = static_cast<int>(kInnerKeys ? p.value_dim : p.key_dim);
+    has_z = p.normalize && kRole != Role::kValues && !pass.only_e;
+  }
+
+  __device__ __forceinline__ void know_thread() {
+    thread = unknown(static_cast<int>(threadIdx.x));
+    warp = thread / 32;
+    lane = thread % 32;
+    row_tile = warp % kRowTiles;
+    group = warp / kRowTiles;
+    out_column = group * kOutTiles * 8;
   }
 
   __device__ __forceinline__ void run() {
+    know_thread();
     if (first >= tokens && this_segment > 0) {
       return;
     }
+    const int chunks = (last - first + kC - 1) / kC;
+    const auto place = [&](int c) { return first + (kReverse ? chunks - 1 - c : c) * kC; };
+    if (chunks > 0) {
+      fetch_rows(place(0), 0);
+    }
     for (int i = thread; i <= kC; i += kThreads) {
-      shared.power[i] = static_cast<float>(power(decay, i));
+      shared.power[i] = static_cast<float>(power(decay(), i));
     }
     load_start();
-    __syncthreads();
-    const int64_t chunks = (last - first + kC - 1) / kC;
-    for (int64_t c = 0; c < chunks; ++c) {
-      chunk(first + (pass.reverse() ? chunks - 1 - c : c) * kC);
+    sync();
+    for (int c = 0; c < chunks; ++c) {
+      chunk(place(c), c + 1 < chunks ? place(c + 1) : -1);
     }
     store_end();
   }
 
  private:
-  __device__ __forceinline__ static int64_t clamp(int64_t x, int64_t low, int64_t high) {
-    return x < low ? low : x < high ? x : high;
+  __device__ __forceinline__ static int clamp(int x, int low, int high) { return x < low ? low : x < high ? x : high; }
+
+  __device__ __forceinline__ double decay() const { return p.decay != nullptr ? p.decay[kv_head] : 1; }
+
+  // A barrier that what wgmma reads may have been written before.
+  __device__ __forceinline__ static void sync() {
+    if constexpr (F::kWgmma) {
+      fence_proxy_async();
+    }
+    __syncthreads();
   }
 
-  // By value: a choice between addresses would put both into memory.
-  template <class U>
-  __device__ __forceinline__ static U either(bool first, U a, U b) {
-    return first ? a : b;
-  }
+  static constexpr bool kOutFeatures = !kInnerKeys;  // the output is gradients of features
 
   // Columns whose running sum z is kept: of all features, or of the slice.
-  __device__ __forceinline__ int z_first() const { return pass.inner_keys() ? 0 : slice; }
-  __device__ __forceinline__ int z_columns() const { return pass.inner_keys() ? kInner : kSlice; }
+  __device__ __forceinline__ int z_first() const { return kInnerKeys ? 0 : slice; }
+  static constexpr int kZColumns = kInnerKeys ? kInner : kSlice;
 
-  __device__ __forceinline__ void chunk(int64_t place) {
-    count = static_cast<int>(last - place < kC ? last - place : kC);
-    const Tile<E> x{shared.x, padded<E>(kInner)}, y{shared.y, padded<E>(kInner)},
-        plain{shared.plain, padded<E>(kSlice)};
+  // A chunk that begins at `place`, before that at `next`; -1: it is the last.
+  __device__ __forceinline__ void chunk(int place, int next) {
+    know_thread();
+    count = count_at(place);
     const bool turns = p.half > 0;
-    Tile<E> w{shared.w, padded<E>(kSlice)};
-    if (!pass.inner_keys() && !turns) {
-      w = plain;
-    }
+    auto& x = shared.x;
+    auto& y = shared.y;
+    auto& plain = shared.plain;
+    auto& w = kInnerKeys || turns ? shared.w : shared.plain;
     enter(place);
     store_state_operand();
-    __syncthreads();
+    sync();
 
     float total[kOutTiles][4] = {}, side[kOutTiles][4] = {};
-    const int64_t heads_here = pass.reverse() ? p.heads / p.kv_heads : 1;
+    const int heads_here = kReverse ? static_cast<int>(p.heads / p.kv_heads) : 1;
     bool first_head = true;
-    for (int64_t h = 0; h < heads_here; ++h, first_head = false) {
-      const int64_t q_head = pass.reverse() ? head * heads_here + h : head;
+    for (int h = 0; h < heads_here; ++h, first_head = false) {
+      const int q_head = kReverse ? head * heads_here + h : head;
       if (!first_head) {
-        __syncthreads();  // everybody has read the last head's tiles
+        sync();  // everybody has read the last head's tiles
       }
       load_rows(q_head);
-      __syncthreads();
-      switch (pass.role) {
-        case Role::kOut:
-          if (!pass.sum) {
-            load_features(x, p.q, q_head, 0, kInner, true);
-          }
-          load_features(y, p.k, kv_head, 0, kInner, false);
-          load_values(w, p.v, kv_head, slice, kSlice, false);
-          break;
-        case Role::kQueries:
-        case Role::kE:
-          if (!pass.sum) {
-            load_values(x, p.grad_o, q_head, 0, kInner, true);
-          }
-          load_values(y, p.v, kv_head, 0, kInner, false);
-          load_features(plain, p.k, kv_head, slice, kSlice, false);
-          break;
-        case Role::kKeys:
-          if (first_head) {
-            load_values(x, p.v, kv_head, 0, kInner, false);
-          }
-          load_values(y, p.grad_o, q_head, 0, kInner, true);
-          load_features(plain, p.q, q_head, slice, kSlice, true);
-          break;
-        case Role::kValues:
-          if (first_head) {
-            load_features(x, p.k, kv_head, 0, kInner, false);
-          }
-          load_features(y, p.q, q_head, 0, kInner, true);
-          load_values(w, p.grad_o, q_head, slice, kSlice, true);
-          break;
+      sync();
+      wait_copies<0>();
+      if (loads_x(h)) {
+        load_tile<kX>(q_head);
       }
-      __syncthreads();
+      load_tile<kY>(q_head);
+      load_tile<kW>(q_head);
+      sync();
+      if (kOutFeatures && first_head && !pass.sum) {
+        fetch_own(place);
+      }
+      if (h + 1 < heads_here) {
+        fetch_rows(place, h + 1);
+      } else if (next >= 0) {
+        fetch_rows(next, 0);
+      } else {
+        commit_copies();  // nothing: fetch_own's group is always the second newest
+      }
 
       float scores[kScoreTiles][4] = {};
-      if (pass.role == Role::kOut && p.normalize && !pass.sum) {
+      if (kRole == Role::kOut && p.normalize && !pass.sum) {
         if (p.causal) {
-          score(x, y, scores);
+          score(scores);
         }
-        sum_denominators(x, scores, q_head);
+        sum_denominators(scores, q_head);
       }
-      const float added_z =
-          pass.has_z() && (p.causal || pass.sum) ? column_sum(either(pass.inner_keys(), y, plain)) : 0;
+      float added_z = 0;
+      if (has_z && (p.causal || pass.sum)) {
+        if constexpr (kInnerKeys) {
+          added_z = column_sum(y);
+        } else {
+          added_z = column_sum(plain);
+        }
+      }
       if (turns) {
-        __syncthreads();
-        if (!pass.inner_keys()) {
-          turn(plain, w, slice, kSlice);
+        sync();
+        if constexpr (!kInnerKeys) {
+          turn(plain, shared.w, slice, kSlice);
         } else {
           if (!pass.sum && first_head) {
             turn(x, x, 0, kInner);
           }
           turn(y, y, 0, kInner);
         }
-        __syncthreads();
+        sync();
       }
 
       if (!pass.sum) {
         if (first_head) {
-          multiply<T, false, true>(total, x, 16 * row_tile, state_operand(), out_column, kInner);
+          multiply<T, false, true>(total, x, 16 * row_tile, shared.state, out_column, kInner);
           fade(total);
-          if (pass.role == Role::kKeys && p.normalize) {
+          if (kRole == Role::kKeys && p.normalize) {
             add_z(side, false);
           }
         }
         if (p.causal) {
-          if (turns || pass.role != Role::kOut || !p.normalize) {
+          if (turns || kRole != Role::kOut || !p.normalize) {
 #pragma unroll
             for (auto& tile : scores) {
 #pragma unroll
@@ -303,47 +348,54 @@ class Block {
                 score = 0;
               }
             }
-            score(x, y, scores);
+            score(scores);
           }
           store_weights(scores);
-          __syncthreads();
-          multiply<T, false, true>(total, weights_operand(), 16 * row_tile, w, out_column, kC);
+          sync();
+          multiply<T, false, true>(total, shared.weights, 16 * row_tile, w, out_column, kC);
         }
-        if (pass.role == Role::kE || (pass.role == Role::kQueries && p.normalize && pass.slices == 1)) {
-          sum_e(total, q_head);
-        }
-        if (pass.role == Role::kQueries && p.normalize) {
+        if (kRole == Role::kQueries && p.normalize) {
+          if (pass.slices == 1 || pass.only_e) {
+            sync();  // everybody has read the state
+            stage(total);
+            sync();
+            sum_e(q_head);
+          }
           add_z(side, true);
         }
-        if (p.causal && p.normalize && (pass.role == Role::kQueries || pass.role == Role::kKeys)) {
-          __syncthreads();
+        if (p.causal && p.normalize && (kRole == Role::kQueries || kRole == Role::kKeys)) {
+          sync();
           store_row_weights();
-          __syncthreads();
-          multiply<T, false, true>(side, weights_operand(), 16 * row_tile, plain, out_column, kC);
+          sync();
+          multiply<T, false, true>(side, shared.weights, 16 * row_tile, plain, out_column, kC);
         }
       }
 
       if (p.causal || pass.sum) {
-        __syncthreads();  // everybody has read the operands of this chunk's rows
+        sync();  // everybody has read the operands of this chunk's rows
         const float kept = first_head ? shared.power[count] : 1.0f;
-        if (pass.has_z() && thread < z_columns()) {
+        if (has_z && thread < kZColumns) {
           shared.z[thread] = kept * shared.z[thread] + added_z;
         }
         if (p.decay != nullptr) {
           fade_rows(w);
-          __syncthreads();
+          sync();
         }
         add_to_state(kept, y, w);
       }
     }
-    if (!pass.sum && pass.role != Role::kE) {
+    if (!pass.sum && !pass.only_e) {
       store_rows(total, side);
     }
-    __syncthreads();
+    sync();
+  }
+
+  __device__ __forceinline__ int count_at(int place) const {
+    return static_cast<int>(last - place < kC ? last - place : kC);
   }
 
   // Which rows there are, and their positions.
-  __device__ __forceinline__ void enter(int64_t place) {
+  __device__ __forceinline__ void enter(int place) {
     row = begin + place;
     for (int i = thread; i < kC; i += kThreads) {
       bool keep = i < count;
@@ -355,13 +407,13 @@ class Block {
     }
   }
 
-  __device__ __forceinline__ int64_t row_of(int i, int64_t q_head) const {
+  __device__ __forceinline__ int64_t row_of(int i, int q_head) const {
     return (batch * p.length + row + i) * p.heads + q_head;
   }
 
   // What a query head's rows need beside their elements.
-  __device__ __forceinline__ void load_rows(int64_t q_head) {
-    const bool shifted = p.feature == Feature::kExp && p.normalize && !(pass.sum && !pass.reverse());
+  __device__ __forceinline__ void load_rows(int q_head) {
+    const bool shifted = p.feature == Feature::kExp && p.normalize && !(pass.sum && !kReverse);
     for (int i = warp; i < kC; i += kWarps) {
       float lowest = static_cast<float>(p.stabilizer);
       if (shifted && shared.keep[i]) {
@@ -377,12 +429,12 @@ class Block {
         shared.lowest[i] = lowest;
       }
     }
-    for (int i = thread; i < kC && p.normalize && (!pass.sum || pass.reverse()); i += kThreads) {
+    for (int i = thread; i < kC && p.normalize && (!pass.sum || kReverse); i += kThreads) {
       const bool keep = shared.keep[i];
-      if (pass.role != Role::kOut) {
+      if (kRole != Role::kOut) {
         shared.denominator[i] = keep ? static_cast<const float*>(p.denominator)[row_of(i, q_head)] : 0;
       }
-      if (pass.role == Role::kKeys || (pass.role == Role::kQueries && pass.slices > 1)) {
+      if (kRole == Role::kKeys || (kRole == Role::kQueries && pass.slices > 1 && !pass.only_e)) {
         float e = 0;
         for (int m = 0; m < pass.e_parts && keep; ++m) {
           e += pass.e[m * p.batch * p.length * p.heads + row_of(i, q_head)];
@@ -392,59 +444,169 @@ class Block {
     }
   }
 
-  __device__ __forceinline__ float element(const View& x, int i, int64_t head, int d) const {
-    return widen(static_cast<const T*>(
-        x.data)[batch * x.stride[0] + (row + i) * x.stride[1] + head * x.stride[2] + d * x.stride[3]]);
+  __device__ __forceinline__ const T* row_in(const View& x, int i, int its_head) const {
+    return at_place(x, row - begin + i, its_head);
+  }
+  __device__ __forceinline__ float element(const View& x, int i, int its_head, int d) const {
+    return widen(row_in(x, i, its_head)[d * x.stride[3]]);
   }
 
-  // to [kC, columns] = change(i, x's element); 0 where there is no row, no such column of `dim`, or padding. Columns of
-  // features are dimensions in dim_of's order.
-  template <class Change>
-  __device__ __forceinline__ void load_tile(const Tile<E>& to, const View& x, int64_t its_head, int first_column,
-                                            int columns, int64_t dim, bool of_features, Change&& change) {
-    constexpr int kWide = 16 / sizeof(T), kStored = 16 / sizeof(E) < kWide ? 16 / sizeof(E) : kWide;
-    const bool in_order = !of_features || p.interleaved || p.half == 0;
-    for (int at = thread; at < kC * columns / kWide; at += kThreads) {
-      const int i = at / (columns / kWide), column = at % (columns / kWide) * kWide, d = first_column + column;
+  // The three operands. w is of features where x and y are of values, and the other way round; in a role that goes with
+  // time x is of queries (or of grad_o, the values that belong to them), against it y and w are.
+  enum Operand { kX, kY, kW };
+  template <Operand kOperand>
+  static constexpr bool kFeatures = kInnerKeys == (kOperand != kW);
+  template <Operand kOperand>
+  static constexpr bool kOfQueries = kReverse == (kOperand != kX);
+  template <Operand kOperand>
+  static constexpr int kColumns = kOperand == kW ? kSlice : kInner;
+
+  template <Operand kOperand>
+  __device__ __forceinline__ const View& view() const {
+    return kFeatures<kOperand> ? (kOfQueries<kOperand> ? p.q : p.k) : (kOfQueries<kOperand> ? p.grad_o : p.v);
+  }
+  template <Operand kOperand>
+  __device__ __forceinline__ auto& tile() const {
+    if constexpr (kOperand == kW && kInnerKeys) {
+      return shared.w;
+    } else if constexpr (kOperand == kW) {
+      return shared.plain;
+    } else {
+      return kOperand == kX ? shared.x : shared.y;
+    }
+  }
+  template <Operand kOperand>
+  __device__ __forceinline__ T* fetched() const {
+    auto& all = static_cast<FetchingShared<F>&>(shared);
+    return kOperand == kX ? all.fetched_x : kOperand == kY ? all.fetched_y : all.fetched_w;
+  }
+  // x is needed once for all heads of queries, and not for sums.
+  __device__ __forceinline__ bool loads_x(int h) const { return !pass.sum && (!kReverse || h == 0); }
+
+  // Whether the vector from dimension d on lies in memory as in a tile. Columns of features are dimensions in dim_of's
+  // order.
+  template <Operand kOperand>
+  __device__ __forceinline__ bool is_vector(int d) const {
+    const bool in_order = !kFeatures<kOperand> || p.interleaved || p.half == 0;
+    return in_order && view<kOperand>().wide && d + kWide <= (kFeatures<kOperand> ? p.key_dim : p.value_dim);
+  }
+
+  // Starts the copies of what load_tile will want of the chunk at `place`, for the h-th head of queries.
+  __device__ __forceinline__ void fetch_rows(int place, int h) {
+    if (pass.fetch) {
+      const int q_head = kReverse ? head * (p.heads / p.kv_heads) + h : head;
+      if (loads_x(h)) {
+        fetch_tile<kX>(place, q_head);
+      }
+      fetch_tile<kY>(place, q_head);
+      fetch_tile<kW>(place, q_head);
+      commit_copies();
+    }
+  }
+  template <Operand kOperand>
+  __device__ __forceinline__ void fetch_tile(int place, int q_head) {
+    constexpr int kVectors = kColumns<kOperand> / kWide;
+    const View& from = view<kOperand>();
+    const int its_head = kOfQueries<kOperand> ? q_head : kv_head;
+    const int rows = count_at(place);
+#pragma unroll 1
+    for (int at = thread; at < kC * kVectors; at += kThreads) {
+      const int i = at / kVectors, d = at % kVectors * kWide + (kOperand == kW ? slice : 0);
+      if (i < rows && is_vector<kOperand>(d)) {
+        copy_async<16>(fetched<kOperand>() + at * kWide, at_place(from, place + i, its_head) + d);
+      }
+    }
+  }
+  __device__ __forceinline__ const T* at_place(const View& x, int place, int its_head) const {
+    return static_cast<const T*>(x.data) + batch * x.stride[0] + (begin + place) * x.stride[1] + its_head * x.stride[2];
+  }
+
+  // The rows that the output is gradients of, or what lies there of a vector of them.
+  __device__ __forceinline__ const View& own() const { return kRole == Role::kQueries ? p.q : p.k; }
+  __device__ __forceinline__ bool own_is_vector(int d) const {
+    return (p.interleaved || p.half == 0) && own().wide && d + kWide <= p.key_dim;
+  }
+  __device__ __forceinline__ T* fetched_own() const { return static_cast<FetchingShared<F>&>(shared).fetched_own; }
+
+  __device__ __forceinline__ void fetch_own(int place) {
+    if (pass.fetch) {
+#pragma unroll 1
+      for (int at = thread; at < kC * kSlice / kWide; at += kThreads) {
+        const int i = at / (kSlice / kWide), d = slice + at % (kSlice / kWide) * kWide;
+        if (i < count && own_is_vector(d)) {
+          copy_async<16>(fetched_own() + at * kWide, at_place(own(), place + i, head) + d);
+        }
+      }
+      commit_copies();
+    }
+  }
+  // Element of it from column d = slice + … on, in dim_of's order.
+  __device__ __forceinline__ void load_own(int at, int i, int d, float (&y)[kWide]) const {
+    load_vector(own(), i, head, d, static_cast<int>(p.key_dim), own_is_vector(d), true,
+                pass.fetch ? fetched_own() + at * kWide : nullptr, y);
+  }
+
+  // An operand's tile: features, values, or gradients of numerators; 0 where there is no row, no such column, or
+  // padding.
+  template <Operand kOperand>
+  __device__ __forceinline__ void load_tile(int q_head) {
+    constexpr int kVectors = kColumns<kOperand> / kWide;
+    constexpr int kStored = 16 / sizeof(E) < kWide ? 16 / sizeof(E) : kWide;
+    const View& from = view<kOperand>();
+    const int its_head = kOfQueries<kOperand> ? q_head : kv_head;
+    const int dim = static_cast<int>(kFeatures<kOperand> ? p.key_dim : p.value_dim);
+#pragma unroll 1
+    for (int at = thread; at < kC * kVectors; at += kThreads) {
+      const int i = at / kVectors, column = at % kVectors * kWide, d = column + (kOperand == kW ? slice : 0);
       float y[kWide] = {};
-      if (shared.keep[i] && in_order && x.wide && d + kWide <= dim) {
-        const T* const from = static_cast<const T*>(x.data) + batch * x.stride[0] + (row + i) * x.stride[1];
-        const Vector<T, kWide> v = load_shared_by_many<kWide>(from + its_head * x.stride[2] + d);
-#pragma unroll
-        for (int m = 0; m < kWide; ++m) {
-          y[m] = change(i, widen(v.x[m]));
-        }
-      } else if (shared.keep[i]) {
-#pragma unroll
-        for (int m = 0; m < kWide; ++m) {
-          const int one = of_features ? dim_of(p, d + m) : d + m;
-          y[m] = one < dim ? change(i, element(x, i, its_head, one)) : 0;
-        }
+      if (shared.keep[i]) {
+        load_vector(from, i, its_head, d, dim, is_vector<kOperand>(d), kFeatures<kOperand>,
+                    pass.fetch ? fetched<kOperand>() + at * kWide : nullptr, y);
+        change<kOperand>(i, y);
       }
 #pragma unroll
       for (int m = 0; m < kWide; m += kStored) {
         Vector<E, kStored> v;
 #pragma unroll
         for (int l = 0; l < kStored; ++l) {
-          v.x[l] = operand<T>(y[m + l]);
+          v.x[l] = operand<T>(d + m + l < dim ? y[m + l] : 0);
         }
-        store(to.at(i, column + m), v);
+        store(tile<kOperand>().at(i, column + m), v);
       }
     }
   }
 
-  __device__ __forceinline__ void load_features(const Tile<E>& to, const View& x, int64_t its_head, int first_column,
-                                                int columns, bool of_query) {
-    load_tile(to, x, its_head, first_column, columns, p.key_dim, true, [&](int i, float y) {
-      return feature(p, y, of_query ? shared.lowest[i] : static_cast<float>(p.stabilizer));
-    });
+  // kWide elements of a row, from column d on: as one vector if it is_vector, which may have been fetched already.
+  __device__ __forceinline__ void load_vector(const View& from, int i, int its_head, int d, int dim, bool is_vector,
+                                              bool of_features, const T* fetched, float (&y)[kWide]) const {
+    if (is_vector) {
+      const Vector<T, kWide> v = fetched != nullptr ? *reinterpret_cast<const Vector<T, kWide>*>(fetched)
+                                                    : load_shared_by_many<kWide>(row_in(from, i, its_head) + d);
+#pragma unroll
+      for (int m = 0; m < kWide; ++m) {
+        y[m] = widen(v.x[m]);
+      }
+    } else {
+#pragma unroll
+      for (int m = 0; m < kWide; ++m) {
+        if (d + m < dim) {
+          y[m] = element(from, i, its_head, of_features ? dim_of(p, d + m) : d + m);
+        }
+      }
+    }
   }
-
-  // Rows of v, or of grad_o as gradients of numerators.
-  __device__ __forceinline__ void load_values(const Tile<E>& to, const View& x, int64_t its_head, int first_column,
-                                              int columns, bool of_numerator) {
-    load_tile(to, x, its_head, first_column, columns, p.value_dim, false,
-              [&](int i, float y) { return of_numerator ? y * inverse(i) : y; });
+  template <Operand kOperand>
+  __device__ __forceinline__ void change(int i, float (&y)[kWide]) const {
+    if constexpr (kFeatures<kOperand>) {
+      const float lowest = kOfQueries<kOperand> ? shared.lowest[i] : static_cast<float>(p.stabilizer);
+      apply_feature(p, y, lowest);
+    } else if constexpr (kOfQueries<kOperand>) {
+      const float factor = inverse(i);
+#pragma unroll
+      for (float& x : y) {
+        x *= factor;
+      }
+    }
   }
 
   // What a numerator is multiplied with.
@@ -456,7 +618,9 @@ class Block {
   }
 
   // Rows of features turned by their positions' angles.
-  __device__ __forceinline__ void turn(const Tile<E>& from, const Tile<E>& to, int first_column, int columns) {
+  template <class Turned>
+  __device__ __forceinline__ void turn(Turned& from, Turned& to, int first_column, int columns) {
+#pragma unroll 1
     for (int at = thread; at < kC * columns / 2; at += kThreads) {
       const int i = at / (columns / 2), column = at % (columns / 2) * 2;
       float c, s;
@@ -468,27 +632,27 @@ class Block {
   }
 
   // scores += x·yᵀ
-  __device__ __forceinline__ void score(const Tile<E>& x, const Tile<E>& y, float (&scores)[kScoreTiles][4]) {
-    multiply<T, false, false>(scores, x, 16 * row_tile, y, group * kScoreTiles * 8, kInner);
+  __device__ __forceinline__ void score(float (&scores)[kScoreTiles][4]) {
+    multiply<T, false, false>(scores, shared.x, 16 * row_tile, shared.y, group * kScoreTiles * 8, kInner);
   }
 
   // Row and column of a thread's r-th number of a product's n-th tile.
   __device__ __forceinline__ int row_at(int r) const { return 16 * row_tile + lane / 4 + r / 2 * 8; }
-  __device__ __forceinline__ static int column_at(int first, int n, int r) {
-    return first + 8 * n + static_cast<int>(threadIdx.x) % 4 * 2 + r % 2;
+  __device__ __forceinline__ int column_at(int first, int n, int r) const {
+    return first + 8 * n + lane % 4 * 2 + r % 2;
   }
 
   // γ^|i − j| where row i sees row j, else 0.
   __device__ __forceinline__ float weight(int i, int j) const {
-    const int apart = pass.reverse() ? j - i : i - j;
+    const int apart = kReverse ? j - i : i - j;
     return apart < 0 ? 0 : shared.power[apart];
   }
   // What is left of the state before the chunk at row i, and of row j in the state after it.
   __device__ __forceinline__ float since(int i) const {
-    return !p.causal ? 1 : pass.reverse() ? shared.power[i < count ? count - 1 - i : 0] : shared.power[i + 1];
+    return !p.causal ? 1 : kReverse ? shared.power[i < count ? count - 1 - i : 0] : shared.power[i + 1];
   }
   __device__ __forceinline__ float until(int j) const {
-    return pass.reverse() ? shared.power[j + 1] : shared.power[j < count ? count - 1 - j : 0];
+    return kReverse ? shared.power[j + 1] : shared.power[j < count ? count - 1 - j : 0];
   }
 
   __device__ __forceinline__ void fade(float (&total)[kOutTiles][4]) {
@@ -499,31 +663,36 @@ class Block {
       }
     }
   }
-  __device__ __forceinline__ void fade_rows(const Tile<E>& w) {
+  __device__ __forceinline__ void fade_rows(typename F::Columns& w) {
+#pragma unroll 1
     for (int at = thread; at < kC * kSlice; at += kThreads) {
       E& x = *w.at(at / kSlice, at % kSlice);
       x = operand<T>(widen(x) * until(at / kSlice));
     }
   }
 
-  __device__ __forceinline__ Tile<E> weights_operand() const { return {shared.weights, padded<E>(kC)}; }
-  __device__ __forceinline__ Tile<E> state_operand() const { return {shared.state, padded<E>(kSlice)}; }
-
+  template <class To>
+  __device__ __forceinline__ static void put(To& to, int i, int j, float x0, float x1) {
+    store(to.at(i, j), Vector<E, 2>{operand<T>(x0), operand<T>(x1)});
+  }
   __device__ __forceinline__ void store_weights(const float (&scores)[kScoreTiles][4]) {
 #pragma unroll
     for (int n = 0; n < kScoreTiles; ++n) {
 #pragma unroll
-      for (int r = 0; r < 4; ++r) {
+      for (int r = 0; r < 4; r += 2) {
         const int i = row_at(r), j = column_at(group * kScoreTiles * 8, n, r);
-        *weights_operand().at(i, j) = operand<T>(scores[n][r] * weight(i, j));
+        put(shared.weights, i, j, scores[n][r] * weight(i, j), scores[n][r + 1] * weight(i, j + 1));
       }
     }
   }
   // Weights times e of the query's row: row i for queries, j for keys.
   __device__ __forceinline__ void store_row_weights() {
-    for (int at = thread; at < kC * kC; at += kThreads) {
-      const int i = at / kC, j = at % kC;
-      *weights_operand().at(i, j) = operand<T>(weight(i, j) * shared.e[pass.role == Role::kQueries ? i : j]);
+#pragma unroll 1
+    for (int at = thread; at < kC * kC / 2; at += kThreads) {
+      const int i = at / (kC / 2), j = at % (kC / 2) * 2;
+      const bool of_row = kRole == Role::kQueries;
+      put(shared.weights, i, j, weight(i, j) * shared.e[of_row ? i : j],
+          weight(i, j + 1) * shared.e[of_row ? i : j + 1]);
     }
   }
 
@@ -561,8 +730,7 @@ class Block {
   }
 
   // Denominators of rows whose features lie in x, from the scores that have not turned.
-  __device__ __forceinline__ void sum_denominators(const Tile<E>& x, const float (&scores)[kScoreTiles][4],
-                                                   int64_t q_head) {
+  __device__ __forceinline__ void sum_denominators(const float (&scores)[kScoreTiles][4], int q_head) {
     float sums[2] = {};
 #pragma unroll
     for (int n = 0; n < kScoreTiles; ++n) {
@@ -575,7 +743,7 @@ class Block {
     for (int i = warp; i < kC; i += kWarps) {
       float before = 0;
       for (int d = lane; d < kInner; d += 32) {
-        before += widen(*x.at(i, d)) * shared.z[d];
+        before += widen(*shared.x.at(i, d)) * shared.z[d];
       }
       for (int mask = 16; mask > 0; mask /= 2) {
         before += __shfl_xor_sync(0xffffffffu, before, mask);
@@ -591,44 +759,73 @@ class Block {
     __syncthreads();
   }
 
-  // e of each row, or the slice's part of it, from the gradients of turned features.
-  __device__ __forceinline__ void sum_e(const float (&total)[kOutTiles][4], int64_t q_head) {
-    float sums[2] = {};
+  // Numbers of a product where any thread reads them.
+  __device__ __forceinline__ void stage(const float (&total)[kOutTiles][4]) {
 #pragma unroll
     for (int n = 0; n < kOutTiles; ++n) {
 #pragma unroll
       for (int r = 0; r < 4; r += 2) {
-        const int i = row_at(r), column = slice + column_at(out_column, n, r);
-        float a[2] = {};
-#pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          const int d = dim_of(p, column + m);
-          if (shared.keep[i] && d < p.key_dim) {
-            a[m] = widen(operand<T>(feature(p, element(p.q, i, q_head, d), shared.lowest[i])));
-          }
-        }
-        float c, s;
-        angle(p, shared.keep[i], shared.position[i], column, c, s);
-        sums[r / 2] += total[n][r] * widen(operand<T>(a[0] * c - a[1] * s));
-        sums[r / 2] += total[n][r + 1] * widen(operand<T>(a[1] * c + a[0] * s));
+        store(&shared.staged[row_at(r)][column_at(out_column, n, r)], Vector<float, 2>{total[n][r], total[n][r + 1]});
       }
     }
-    sum_rows(sums[0], sums[1]);
-    for (int i = thread; i < kC; i += kThreads) {
-      shared.e[i] = -row_sum(i) * inverse(i);
-      if (i < count) {
-        pass.e[(pass.role == Role::kE ? part : 0) * p.batch * p.length * p.heads + row_of(i, q_head)] = shared.e[i];
+  }
+
+  // A row's vector turned by its angles times `direction`.
+  __device__ __forceinline__ void turn_vector(int i, int d, float direction, float (&y)[kWide]) const {
+#pragma unroll
+    for (int m = 0; m < kWide; m += 2) {
+      float c, s;
+      angle(p, shared.keep[i], shared.position[i], d + m, c, s);
+      const float y0 = y[m], y1 = y[m + 1];
+      s *= direction;
+      y[m] = y0 * c - y1 * s;
+      y[m + 1] = y1 * c + y0 * s;
+    }
+  }
+
+  // e of each row, or the slice's part of it, from the staged gradients of turned features.
+  __device__ __forceinline__ void sum_e(int q_head) {
+    constexpr int kVectors = kSlice / kWide;  // lanes that share a row
+    wait_copies<1>();                         // for fetch_own, not for fetch_rows
+#pragma unroll 1
+    for (int at = thread; at < kC * kVectors; at += kThreads) {
+      const int i = at / kVectors, column = at % kVectors * kWide, d = slice + column;
+      float a[kWide] = {}, sum = 0;
+      if (shared.keep[i]) {
+        load_own(at, i, d, a);
+        apply_feature(p, a, shared.lowest[i]);
+#pragma unroll
+        for (int m = 0; m < kWide; ++m) {
+          a[m] = d + m < p.key_dim ? widen(operand<T>(a[m])) : 0;
+        }
+        if (p.half > 0) {
+          turn_vector(i, d, 1, a);
+        }
+#pragma unroll
+        for (int m = 0; m < kWide; ++m) {
+          sum += shared.staged[i][column + m] * widen(operand<T>(a[m]));
+        }
+      }
+      for (int mask = 1; mask < kVectors; mask *= 2) {
+        sum += __shfl_xor_sync(0xffffffffu, sum, mask);
+      }
+      if (at % kVectors == 0) {
+        shared.e[i] = -sum * inverse(i);
+        if (i < count) {
+          pass.e[(pass.only_e ? part : 0) * p.batch * p.length * p.heads + row_of(i, q_head)] = shared.e[i];
+        }
       }
     }
     __syncthreads();
   }
 
   // The sum of a column's rows, as they will have faded after the chunk; for keys of queries, times their e.
-  __device__ __forceinline__ float column_sum(const Tile<E>& features) const {
+  template <class Features>
+  __device__ __forceinline__ float column_sum(Features& features) const {
     float sum = 0;
-    if (thread < z_columns()) {
+    if (thread < kZColumns) {
       for (int j = 0; j < kC; ++j) {
-        const float factor = pass.role == Role::kKeys ? shared.e[j] : 1;
+        const float factor = kRole == Role::kKeys ? shared.e[j] : 1;
         sum += widen(*features.at(j, thread)) * until(j) * factor;
       }
     }
@@ -657,21 +854,34 @@ class Block {
   }
 
   __device__ __forceinline__ void store_state_operand() {
-    for_state([&](float& x, int i, int j) { *state_operand().at(i, j) = operand<T>(x); });
-  }
-
-  // state = kept·state + yᵀ·w
-  __device__ __forceinline__ void add_to_state(float kept, const Tile<E>& y, const Tile<E>& w) {
 #pragma unroll
     for (int repeat = 0; repeat < kStateRepeats; ++repeat) {
-      float added[kStateTiles][4] = {};  // on its own: tensor cores cut off what they add to a long sum
-      multiply<T, true, true>(added, y, 16 * (warp % kStateRows + repeat * kStateRows), w,
-                              warp / kStateRows * kStateTiles * 8, kC);
 #pragma unroll
       for (int n = 0; n < kStateTiles; ++n) {
 #pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          state[repeat][n][r] = kept * state[repeat][n][r] + added[n][r];
+        for (int r = 0; r < 4; r += 2) {
+          put(shared.state, state_row(repeat, r), state_column(n, r), state[repeat][n][r], state[repeat][n][r + 1]);
+        }
+      }
+    }
+  }
+
+  // state = kept·state + yᵀ·w
+  __device__ __forceinline__ void add_to_state(float kept, typename F::Rows& y, typename F::Columns& w) {
+    constexpr int kTogether = kOutTiles < kStateTiles ? kOutTiles : kStateTiles;
+#pragma unroll
+    for (int repeat = 0; repeat < kStateRepeats; ++repeat) {
+#pragma unroll
+      for (int from = 0; from < kStateTiles; from += kTogether) {
+        float added[kTogether][4] = {};  // on its own: tensor cores cut off what they add to a long sum
+        multiply<T, true, true>(added, y, 16 * (warp % kStateRows + repeat * kStateRows), w,
+                                (warp / kStateRows * kStateTiles + from) * 8, kC);
+#pragma unroll
+        for (int n = 0; n < kTogether; ++n) {
+#pragma unroll
+          for (int r = 0; r < 4; ++r) {
+            state[repeat][from + n][r] = kept * state[repeat][from + n][r] + added[n][r];
+          }
         }
       }
     }
@@ -679,20 +889,19 @@ class Block {
 
   // Where a state in memory has row i and column j of this block's, or -1.
   __device__ __forceinline__ int64_t in_memory(int i, int j) const {
-    const int inner = pass.inner_keys() ? dim_of(p, i) : i,
-              outer = pass.inner_keys() ? slice + j : dim_of(p, slice + j);
+    const int inner = kInnerKeys ? dim_of(p, i) : i, outer = kInnerKeys ? slice + j : dim_of(p, slice + j);
     if (inner >= inner_dim || outer >= slice_dim) {
       return -1;
     }
     const int64_t at = (n * p.kv_heads + kv_head) * p.key_dim * p.value_dim;
-    return at + (pass.inner_keys() ? inner * p.value_dim + outer : outer * p.value_dim + inner);
+    return at + (kInnerKeys ? inner * p.value_dim + outer : outer * p.value_dim + inner);
   }
   __device__ __forceinline__ int64_t z_in_memory(int column) const {
     const int d = dim_of(p, z_first() + column);
     return d < p.key_dim ? (n * p.kv_heads + kv_head) * p.key_dim + d : -1;
   }
   // Where the sums over a segment lie.
-  __device__ __forceinline__ int64_t sums_of(int64_t other) const {
+  __device__ __forceinline__ int64_t sums_of(int other) const {
     return ((n * pass.segments + other) * p.kv_heads + kv_head) * pass.slices + part;
   }
 
@@ -703,26 +912,25 @@ class Block {
       x = at >= 0 ? pass.state_in[at] : 0;
     });
     float z = 0;
-    const bool has_z = pass.has_z() && thread < z_columns();
-    if (has_z && !pass.sum && pass.z_in != nullptr && z_in_memory(thread) >= 0) {
+    const bool mine = has_z && thread < kZColumns;
+    if (mine && !pass.sum && pass.z_in != nullptr && z_in_memory(thread) >= 0) {
       z = pass.z_in[z_in_memory(thread)];
     }
     if (!pass.sum && pass.sums != nullptr) {
-      const int64_t used = tokens > 0 ? (tokens + pass.segment - 1) / pass.segment : 0;
-      const int64_t others = !p.causal ? used : pass.reverse() ? used - 1 - this_segment : this_segment;
-      for (int64_t m = 0; m < others; ++m) {
-        const int64_t other = pass.reverse() ? used - 1 - m : m;
-        const int64_t length =
-            tokens - other * pass.segment < pass.segment ? tokens - other * pass.segment : pass.segment;
-        const float kept = static_cast<float>(power(decay, length));
+      const int used = tokens > 0 ? (tokens + pass.segment - 1) / pass.segment : 0;
+      const int others = !p.causal ? used : kReverse ? used - 1 - this_segment : this_segment;
+      for (int m = 0; m < others; ++m) {
+        const int other = kReverse ? used - 1 - m : m;
+        const int length = tokens - other * pass.segment < pass.segment ? tokens - other * pass.segment : pass.segment;
+        const float kept = static_cast<float>(power(decay(), length));
         const float* const sums = pass.sums + sums_of(other) * kInner * kSlice;
         for_state([&](float& x, int i, int j) { x = kept * x + sums[i * kSlice + j]; });
-        if (has_z) {
-          z = kept * z + pass.z_sums[sums_of(other) * kInner + thread];
+        if (mine) {
+          z = kept * z + pass.z_sums[sums_of(other) * F::kZ + thread];
         }
       }
     }
-    if (thread < kInner) {
+    if (thread < kZColumns) {
       shared.z[thread] = z;
     }
   }
@@ -731,13 +939,13 @@ class Block {
     if (pass.sum) {
       float* const sums = pass.sums + sums_of(this_segment) * kInner * kSlice;
       for_state([&](float& x, int i, int j) { sums[i * kSlice + j] = x; });
-      if (pass.has_z() && thread < z_columns()) {
-        pass.z_sums[sums_of(this_segment) * kInner + thread] = shared.z[thread];
+      if (has_z && thread < kZColumns) {
+        pass.z_sums[sums_of(this_segment) * F::kZ + thread] = shared.z[thread];
       }
       return;
     }
-    const bool ends = pass.reverse() ? this_segment == 0 : last >= tokens;
-    if (!ends || (!pass.reverse() && head % (p.heads / p.kv_heads) != 0)) {
+    const bool ends = kReverse ? this_segment == 0 : last >= tokens;
+    if (!ends || (!kReverse && head % (p.heads / p.kv_heads) != 0)) {
       return;
     }
     for_state([&](float& x, int i, int j) {
@@ -745,81 +953,154 @@ class Block {
         pass.state_out[in_memory(i, j)] = x;
       }
     });
-    const bool writes_z = pass.z_out != nullptr && pass.has_z() && (part == 0 || !pass.inner_keys());
-    if (writes_z && thread < z_columns() && z_in_memory(thread) >= 0) {
+    const bool writes_z = pass.z_out != nullptr && has_z && (part == 0 || !kInnerKeys);
+    if (writes_z && thread < kZColumns && z_in_memory(thread) >= 0) {
       pass.z_out[z_in_memory(thread)] = shared.z[thread];
     }
   }
 
   // The chunk's part of the output.
   __device__ __forceinline__ void store_rows(float (&total)[kOutTiles][4], const float (&side)[kOutTiles][4]) {
-    const bool of_features = !pass.inner_keys();
-    const View from = either(pass.role == Role::kQueries, p.q, p.k);
+    const bool turns = kOutFeatures && p.half > 0;
+    sync();  // everybody has read the state
+    if (turns) {
+      stage(total);
+      __syncthreads();
+#pragma unroll 1
+      for (int at = thread; at < kC * kSlice / kWide; at += kThreads) {
+        const int i = at / (kSlice / kWide), column = at % (kSlice / kWide) * kWide;
+        float y[kWide];
+        load_staged(i, column, y);
+        turn_vector(i, slice + column, -1, y);
+        store_staged(i, column, y);
+      }
+      __syncthreads();
+    }
+    if (kOutFeatures) {
 #pragma unroll
-    for (int n = 0; n < kOutTiles; ++n) {
+      for (int n = 0; n < kOutTiles; ++n) {
 #pragma unroll
-      for (int r = 0; r < 4; r += 2) {
-        const int i = row_at(r), column = slice + column_at(out_column, n, r);
-        if (i >= count) {
-          continue;
+        for (int r = 0; r < 4; ++r) {
+          const float y = turns ? shared.staged[row_at(r)][column_at(out_column, n, r)] : total[n][r];
+          total[n][r] = y + side[n][r];
         }
-        float y[2] = {total[n][r], total[n][r + 1]};
-        if (of_features && p.half > 0) {  // back
-          float c, s;
-          angle(p, shared.keep[i], shared.position[i], column, c, s);
-          y[0] = total[n][r] * c + total[n][r + 1] * s;
-          y[1] = total[n][r + 1] * c - total[n][r] * s;
-        }
+      }
+    }
+    stage(total);
+    __syncthreads();
+    if (kOutFeatures) {
+      wait_copies<1>();
+    }
+    const int dim = slice_dim;
+#pragma unroll 1
+    for (int at = thread; at < kC * kSlice / kWide; at += kThreads) {
+      const int i = at / (kSlice / kWide), column = at % (kSlice / kWide) * kWide, d = slice + column;
+      if (i >= count || d >= dim) {
+        continue;
+      }
+      float y[kWide];
+      load_staged(i, column, y);
+      if (!shared.keep[i]) {
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          const int d = of_features ? dim_of(p, column + m) : column + m;
-          if (d >= slice_dim) {
-            continue;
-          }
-          if (!shared.keep[i]) {
-            y[m] = 0;
-          } else if (of_features) {
-            const float lowest = pass.role == Role::kQueries ? shared.lowest[i] : static_cast<float>(p.stabilizer);
-            y[m] = (y[m] + side[n][r + m]) * slope(p, element(from, i, head, d), lowest);
-          } else if (pass.role == Role::kOut && p.normalize) {
-            y[m] = shared.denominator[i] != 0 ? y[m] / shared.denominator[i] : 0;
-          } else if (pass.role == Role::kOut) {
-            y[m] *= static_cast<float>(p.scale);
-          }
+        for (float& x : y) {
+          x = 0;
         }
-        const View& out = pass.out;
-        T* const to =
-            static_cast<T*>(out.data) + batch * out.stride[0] + (row + i) * out.stride[1] + head * out.stride[2];
-        const int d = of_features ? dim_of(p, column) : column, next = of_features ? dim_of(p, column + 1) : column + 1;
-        if (out.wide && next == d + 1 && next < slice_dim) {
-          store(to + d, Vector<T, 2>{narrow<T>(y[0]), narrow<T>(y[1])});
-        } else {
-          if (d < slice_dim) {
-            to[d * out.stride[3]] = narrow<T>(y[0]);
-          }
-          if (next < slice_dim) {
-            to[next * out.stride[3]] = narrow<T>(y[1]);
+      } else if constexpr (kOutFeatures) {
+        float x[kWide] = {};
+        load_own(at, i, d, x);
+        apply_slope(p, x, kRole == Role::kQueries ? shared.lowest[i] : static_cast<float>(p.stabilizer));
+#pragma unroll
+        for (int m = 0; m < kWide; ++m) {
+          y[m] *= x[m];
+        }
+      } else if (kRole == Role::kOut) {
+        const float factor = static_cast<float>(p.scale), divisor = p.normalize ? shared.denominator[i] : 1;
+#pragma unroll
+        for (float& x : y) {
+          x = !p.normalize ? x * factor : divisor != 0 ? x / divisor : 0;
+        }
+      }
+      const View& out = pass.out;
+      T* const to =
+          static_cast<T*>(out.data) + batch * out.stride[0] + (row + i) * out.stride[1] + head * out.stride[2];
+      Vector<T, kWide> v;
+#pragma unroll
+      for (int m = 0; m < kWide; ++m) {
+        v.x[m] = narrow<T>(y[m]);
+      }
+      if (out.wide && d + kWide <= dim && (!kOutFeatures || p.interleaved || p.half == 0)) {
+        store(to + d, v);
+      } else {
+#pragma unroll
+        for (int m = 0; m < kWide; ++m) {
+          if (d + m < dim) {
+            to[(kOutFeatures ? dim_of(p, d + m) : d + m) * out.stride[3]] = v.x[m];
           }
         }
       }
     }
   }
+  __device__ __forceinline__ void load_staged(int i, int column, float (&y)[kWide]) const {
+#pragma unroll
+    for (int m = 0; m < kWide; ++m) {
+      y[m] = shared.staged[i][column + m];
+    }
+  }
+  __device__ __forceinline__ void store_staged(int i, int column, const float (&y)[kWide]) {
+#pragma unroll
+    for (int m = 0; m < kWide; ++m) {
+      shared.staged[i][column + m] = y[m];
+    }
+  }
 
   const Pass& pass;
   const Problem& p;
-  Shared<T, kInner>& shared;
+  Shared<F>& shared;
+  bool has_z;
   int part, count = 0, slice, inner_dim, slice_dim;
-  int64_t head, kv_head, n, batch, begin = 0, tokens, this_segment, first, last, row = 0;
-  double decay;
+  int head, kv_head, n, batch, begin = 0, tokens, this_segment, first, last, row = 0;
 
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-  const int row_tile = warp % kRowTiles, group = warp / kRowTiles, out_column = group * kOutTiles * 8;
+  int thread, warp, lane, row_tile, group, out_column;
   float state[kStateRepeats][kStateTiles][4];
 };
 
-template <class T, int kInner>
+// Whether this machine is one that the form is for: of bfloat16's two, one has wgmma.
+template <class F>
+__host__ __device__ constexpr bool runs_here() {
+#ifdef KX_EMULATION
+  return true;
+#else
+  return F::kWgmma == (KX_SM90A && std::is_same_v<typename F::T, bfloat16>);
+#endif
+}
+
+template <class F>
+__device__ __forceinline__ Shared<F>& shared_for(const Pass& pass) {
+  return pass.fetch ? shared_memory<FetchingShared<F>>() : shared_memory<Shared<F>>();
+}
+
+template <class F, Role kRole>
 __global__ void __launch_bounds__(kThreads, 1) linear_attention_kernel(const __grid_constant__ Pass pass) {
-  Block<T, kInner>(pass, shared_memory<Shared<T, kInner>>()).run();
+  if constexpr (runs_here<F>()) {
+    Block<F, kRole>(pass, shared_for<F>(pass), static_cast<int>(blockIdx.x)).run();
+  } else {
+    __trap();
+  }
+}
+
+// The gradients of keys and those of values, side by side: two roles that go over the same rows.
+template <class F>
+__global__ void __launch_bounds__(kThreads, 1)
+    linear_attention_keys_kernel(const __grid_constant__ Pass keys, const __grid_constant__ Pass values) {
+  if constexpr (runs_here<F>()) {
+    if (blockIdx.x < keys.blocks) {
+      Block<F, Role::kKeys>(keys, shared_for<F>(keys), static_cast<int>(blockIdx.x)).run();
+    } else {
+      Block<F, Role::kValues>(values, shared_for<F>(values), static_cast<int>(blockIdx.x - keys.blocks)).run();
+    }
+  } else {
+    __trap();
+  }
 }
 
 // One or a few tokens, one after the other, in the place of the state: a block for a sequence and a head of keys, and
@@ -880,11 +1161,11 @@ class Step {
     }
     float c, s;
     angle(p, keep, position, column, c, s);
-    const float y = keep ? feature(p, element(x, head, d), lowest) : 0;
     const bool turns = keep && column < 2 * p.half;
-    const float pair = turns ? feature(p, element(x, head, other), lowest) : 0;
-    plain[d] = y;
-    turned[d] = turns ? y * c + (column % 2 == 0 ? -pair : pair) * s : y;
+    float y[2] = {keep ? element(x, head, d) : 0, turns ? element(x, head, other) : 0};
+    apply_feature(p, y, lowest);
+    plain[d] = keep ? y[0] : 0;
+    turned[d] = turns ? y[0] * c + (column % 2 == 0 ? -y[1] : y[1]) * s : plain[d];
   }
 
   // The sum over the block of what each thread has.

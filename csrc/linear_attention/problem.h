@@ -71,12 +71,16 @@ void cpu(const Tensors& in, const Tensors& out, const Options& options, int num_
 // grad_denominator.
 void cpu_backward(const Tensors& in, const Tensors& out, const Options& options, int num_threads);
 
-// One pass over all tokens: role 0 computes `out` as cpu does, 1 to 4 a part of what cpu_backward does (kernel.cuh).
-// Sequences are cut into `segments` of `segment` tokens; with more than one, or without causality, `sums` and `z_sums`
-// hold what each adds to a state. `e` [parts, B, T, heads] is the gradients of the denominators in parts.
-void cuda(const Tensors& in, const Tensors& out, const Options& options, int role, int segments, int64_t segment,
-          const std::optional<Tensor>& e, const std::optional<Tensor>& sums, const std::optional<Tensor>& z_sums,
-          int device, intptr_t stream);
+// One launch over all tokens. Part 0 computes `out` as cpu does, 1 to 3 what cpu_backward does: the gradients of
+// queries, of keys and values, and `e` alone. `inner` and `slice` say which kernel (kernel.cuh: Form). Sequences are
+// cut into `segments` of `segment` tokens; with more than one, or without causality, `sums` and `z_sums` hold what each
+// adds to a state. `e` [parts, B, T, heads] is the gradients of the denominators in parts.
+void cuda(const Tensors& in, const Tensors& out, const Options& options, int part, int inner, int slice, int segments,
+          int64_t segment, const std::optional<Tensor>& e, const std::optional<Tensor>& sums,
+          const std::optional<Tensor>& z_sums, int device, intptr_t stream);
+
+// Whether a block has shared memory enough for that.
+bool cuda_fits(int dtype, int inner, int slice, int device);
 
 // As cpu, with kv and z in the place of kv0 and z0: a few tokens, in one launch.
 void cuda_step(const Tensors& in, const Tensors& out, const Options& options, int device, intptr_t stream);

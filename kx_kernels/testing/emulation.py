@@ -9,10 +9,11 @@ from .._core import native
 
 
 @contextlib.contextmanager
-def emulated_cuda(seed: int = 0) -> Iterator[None]:
+def emulated_cuda(seed: int = 0, wgmma: bool = True) -> Iterator[None]:
     """Within the block, `backend="cuda"` serves CPU tensors, thread by thread and slowly.
 
     `seed` chooses the order in which threads run, and when asynchronous copies take place; 0: by index, at once.
+    `wgmma`: launches find the tensor-core instructions of sm_90a, or choose what they would without.
     Raises ModuleNotFoundError where the emulation was not built (KX_EMULATION=on), and RuntimeError where a kernel does
     what a GPU does not allow (docs/emulation.md).
     """
@@ -21,8 +22,10 @@ def emulated_cuda(seed: int = 0) -> Iterator[None]:
     emulation = native.load("_emulation")
     assert emulation is not None
     emulation.set_seed(seed)
+    emulation.set_wgmma(wgmma)
     try:
         yield
     finally:
         emulation.set_seed(0)
+        emulation.set_wgmma(True)
         native.emulate(before)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -63,10 +66,43 @@ def run_cpu_backward(
     return gradients
 
 
-# Passes of the CUDA kernel, in the order of csrc/linear_attention/kernel.cuh.
-OUT, QUERIES, KEYS, VALUES, E = range(5)
-SLICE = 64  # columns of the output that a block works on
+# Launches of the CUDA kernel, in the order of csrc/linear_attention/cuda.cu.
+OUT, QUERIES, KEYS_AND_VALUES, E = range(4)
 MAX_DIM = 256
+
+
+class Cut(NamedTuple):
+    """Which of the kernel's forms a launch takes (csrc/linear_attention/kernel.cuh): a block has `slice` columns of the
+    output, and of products whose inner dimension is at most `inner`."""
+
+    inner: int
+    slice: int
+
+
+def _dims(p: LinearAttentionProblem, part: int) -> tuple[int, int]:
+    """The inner dimension and the columns of a launch."""
+    key_dim, value_dim = p.q.shape[3], p.v.shape[3]
+    if part == OUT:
+        return key_dim, value_dim
+    if part == KEYS_AND_VALUES:
+        return max(key_dim, value_dim), min(key_dim, value_dim)
+    return value_dim, key_dim
+
+
+def _cut(p: LinearAttentionProblem, part: int) -> Cut:
+    inner, columns = _dims(p, part)
+    wide = Cut(128, 128)  # one block has all columns of most heads: no operand is loaded twice
+    if p.q.dtype == torch.bfloat16 and inner <= 128 and columns > 64 and _fits(p.device, p.q.dtype, wide):
+        return wide
+    return Cut(64 if inner <= 64 else 128 if inner <= 128 else 256, 64)
+
+
+@functools.cache
+def _fits(device: torch.device, dtype: torch.dtype, cut: Cut) -> bool:
+    """Whether a block has shared memory enough."""
+    extension = native.load("_emulation" if device.type == "cpu" else "_C")
+    assert extension is not None
+    return extension.linear_attention_cuda_fits(native.DTYPE_CODES[dtype], *cut, device.index or 0)
 
 
 def cuda_unsupported(p: LinearAttentionProblem) -> str | None:
@@ -75,31 +111,30 @@ def cuda_unsupported(p: LinearAttentionProblem) -> str | None:
     widest = max(p.q.shape[3], p.v.shape[3])
     if widest > MAX_DIM:
         return f"a head has {widest} dimensions; its state would not fit on chip above {MAX_DIM}"
-    return native.cuda_unsupported(p.device)
-
-
-def _slices(p: LinearAttentionProblem, role: int) -> int:
-    return -(-(p.q if role in (QUERIES, KEYS, E) else p.v).shape[3] // SLICE)
+    reason = native.cuda_unsupported(p.device)
+    if reason is None and not _fits(p.device, p.q.dtype, _cut(p, KEYS_AND_VALUES)):
+        return f"a head of {widest} dimensions in {p.q.dtype} needs more shared memory than this GPU has"
+    return reason
 
 
 def _launch(
-    p: LinearAttentionProblem, role: int, inputs: list[Tensor | None], outputs: list[Tensor | None], e: Tensor | None
+    p: LinearAttentionProblem, part: int, inputs: list[Tensor | None], outputs: list[Tensor | None], e: Tensor | None
 ) -> None:
-    length, heads = p.q.shape[1:3]
-    kv_heads = p.k.shape[2]
-    slices = _slices(p, role)
-    segments = segments_for(p, p.sequences * slices * (kv_heads if role in (KEYS, VALUES) else heads))
-    segment = max(1, -(-length // (64 * segments))) * 64  # whole chunks
+    key_dim, value_dim = p.q.shape[3], p.v.shape[3]
+    heads, kv_heads = p.q.shape[2], p.k.shape[2]
+    cut = _cut(p, part)
+    columns = (key_dim, value_dim) if part == KEYS_AND_VALUES else _dims(p, part)[1:]
+    slices = sum(-(-n // cut.slice) for n in columns)
+    segments = segments_for(p, p.sequences * slices * (kv_heads if part == KEYS_AND_VALUES else heads))
+    segment = max(1, -(-p.q.shape[1] // (64 * segments))) * 64  # whole chunks
     sums = z_sums = None
     if segments > 1 or not p.causal:
-        inner = (p.v if role in (QUERIES, KEYS, E) else p.q).shape[3]
-        inner = 64 if inner <= 64 else 128 if inner <= 128 else 256
         rows = p.sequences * segments * kv_heads * slices
-        sums = p.q.new_empty(rows * inner * SLICE, dtype=p.wide)
-        z_sums = p.q.new_empty(rows * inner, dtype=p.wide)
+        sums = p.q.new_empty(rows * cut.inner * cut.slice, dtype=p.wide)
+        z_sums = p.q.new_empty(rows * max(cut), dtype=p.wide)
     extras = (native.raw_or_none(x) for x in (e, sums, z_sums))
     raw = (_raw(*inputs), _raw(*outputs), _options(p))
-    native.launch("linear_attention_cuda", p.device, *raw, role, segments, segment, *extras)
+    native.launch("linear_attention_cuda", p.device, *raw, part, *cut, segments, segment, *extras)
 
 
 def run_cuda(p: LinearAttentionProblem) -> Results:
@@ -127,10 +162,11 @@ def run_cuda_backward(
     if p.cu_seqlens is not None:
         for x in gradients[:3]:
             x.zero_()
-    split = p.normalize and _slices(p, QUERIES) > 1  # no block sees whole rows of the queries' gradients
-    e = p.q.new_empty(_slices(p, E), *p.q.shape[:3], dtype=p.wide) if p.normalize else None
+    slices = -(-p.q.shape[3] // _cut(p, QUERIES).slice)
+    split = p.normalize and slices > 1  # no block sees whole rows of the queries' gradients
+    e = p.q.new_empty(slices, *p.q.shape[:3], dtype=p.wide) if p.normalize else None
     inputs = [*p.tensors, denominator, grad_o, *_dense(grad_kv, grad_z)]
     outputs = [*gradients, None]
-    for role in (E, QUERIES, KEYS, VALUES) if split else (QUERIES, KEYS, VALUES):
-        _launch(p, role, inputs, outputs, e)
+    for part in (E, QUERIES, KEYS_AND_VALUES) if split else (QUERIES, KEYS_AND_VALUES):
+        _launch(p, part, inputs, outputs, e)
     return gradients
