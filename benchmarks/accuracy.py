@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +22,7 @@ from kx_kernels.testing.budget import budget
 from kx_kernels.testing.comparison import exact_and_eager, neighbours
 from kx_kernels.testing.emulation import emulated_cuda
 
-ROOT = Path(__file__).parent.parent
+from . import interpreter
 
 
 def _tensors(result: Any) -> list[Tensor]:
@@ -78,11 +75,7 @@ def rows(spec: OpSpec, device: str) -> list[dict[str, Any]]:
 
 
 def measure(op: str, device: str) -> list[dict[str, Any]]:
-    """In a process of its own, because Triton's interpreter has to be chosen before triton is imported."""
-    environment = dict(os.environ) | ({"TRITON_INTERPRET": "1"} if device == "cpu" else {})
-    command = [sys.executable, "-m", "benchmarks.accuracy", op, device]
-    result = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(result.stdout)
+    return interpreter.rows("benchmarks.accuracy", op, device)
 
 
 def main() -> None:

@@ -138,14 +138,15 @@ def fraction(case: str, contenders: tuple[str, ...]) -> Callable[[dict[str, Any]
     return value
 
 
-def speedup(case: str, over: str, ours: str = "kx cpu") -> Callable[[dict[str, Any]], Measured | None]:
-    """How many times as fast as another contender."""
+def speedup(case: str, over: str, ours: tuple[str, ...] = ("kx cpu",)) -> Callable[[dict[str, Any]], Measured | None]:
+    """How many times as fast as another contender the best of ours is."""
 
     def value(results: dict[str, Any]) -> Measured | None:
-        row = {r["contender"]: r for r in results["timings"] if r["case"] == case and r["seconds"]}
-        if over not in row or ours not in row:
+        row = {r["contender"]: r["of_limit"] for r in results["timings"] if r["case"] == case and r["seconds"]}
+        mine = max((row[name] for name in ours if name in row), key=lambda r: r["median"], default=None)
+        theirs = row.get(over)
+        if mine is None or theirs is None:
             return None
-        mine, theirs = row[ours]["of_limit"], row[over]["of_limit"]
         return mine["median"] / theirs["median"], mine["low"] / theirs["high"], mine["high"] / theirs["low"]
 
     return value

@@ -18,15 +18,16 @@ from kx_kernels.ops.linear_attention.reference import linear_attention as refere
 
 from . import contest
 from .contest import Contender, Function, Missing, fraction, imported, on, speedup
-from .goals import Goal
+from .goals import Goal, Measured, Where
 
 CHUNK = 64  # of the chunked form in torch
+TENSORS = {"forward": 4, "backward": 11, "both": 15}  # read or written
 QUADRATIC = 2048  # tokens: beyond, a T × T form takes gigabytes
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call: q, k and v [B, T, H, D], elu + 1. `what`: "forward", "both" (and backward) or "decode" (one token)."""
+    """One call: q, k and v [B, T, H, D], elu + 1. `what`: "forward", "backward" or "both"; with `past`, one token."""
 
     name: str
     dtype: torch.dtype
@@ -47,10 +48,11 @@ class Case:
         rows = self.batch * self.length * self.heads * self.head_dim * self.dtype.itemsize
         if self.past:
             return 2 * 4 * self.batch * self.heads * self.head_dim * (self.head_dim + 1)
-        return {"forward": 4, "both": 4 + 11}[self.what] * rows
+        return TENSORS[self.what] * rows
 
 
 BASE = Case("float32", torch.float32, 2, 4096, 12, 64)
+LONG = "bfloat16, D 128, one sequence of 65536"
 LARGE = Case("bfloat16, D 128", torch.bfloat16, 8, 8192, 16, 128)
 
 
@@ -67,10 +69,11 @@ def cases(device: str) -> list[Case]:
     return [
         LARGE,
         replace(LARGE, name="bfloat16, D 64", head_dim=64),
-        replace(LARGE, name="bfloat16, D 128, forward and backward", what="both"),
-        replace(LARGE, name="bfloat16, D 64, forward and backward", what="both", head_dim=64),
+        replace(LARGE, name="bfloat16, D 128, backward", what="backward"),
+        replace(LARGE, name="bfloat16, D 64, backward", what="backward", head_dim=64),
         replace(LARGE, name="bfloat16, D 128, not normalised", normalize=False),
-        replace(LARGE, name="bfloat16, D 128, one sequence of 65536", batch=1, length=65536),
+        replace(LARGE, name="bfloat16, D 128, not normalised, backward", normalize=False, what="backward"),
+        replace(LARGE, name=LONG, batch=1, length=65536),
         replace(LARGE, name="decode: bfloat16, one token after 8192", length=1, past=8192),
     ]
 
@@ -233,6 +236,7 @@ CONTENDERS = [
     Contender("fast-transformers", "peer", _fast_transformers),
     Contender("performer-pytorch", "peer", _performer),
 ]
+OURS = ("kx cuda", "kx triton")  # on a GPU
 LIMIT = "dst.copy_(src)"
 HOST_GRADIENTS = False  # a step has none
 PACKAGES = ("flash-linear-attention", "pytorch-fast-transformers", "performer-pytorch")
@@ -275,9 +279,12 @@ def copy(sets: list[Inputs]) -> Callable[[int], object]:
         if x.case.past:
             x.kv.copy_(x.kv.clone())
             return
-        tensors = {"forward": 2, "both": 7}[x.case.what]
-        for i in range(tensors):
+        pairs, odd = divmod(TENSORS[x.case.what], 2)
+        for i in range(pairs):
             x.outs[i % 3].copy_(x.leaves[i % 3])
+        if odd:
+            half = x.case.length // 2
+            x.outs[0][:, :half].copy_(x.leaves[0][:, :half])
 
     return call
 
@@ -295,15 +302,56 @@ def goals() -> list[Goal]:
         Goal(f"as fast as {eager}", cpu, f"{shape}, forward and backward", 4, "×", speedup(both, eager)),
         Goal("as fast as fast-transformers", cpu, f"{shape}, forward", 3, "×", speedup(BASE.name, "fast-transformers")),
     ]
-    for case, target in (("bfloat16, D 128", 0.65), ("bfloat16, D 64", 0.55)):
-        value = fraction(case, ("kx cuda", "kx triton"))
-        found.append(Goal("bandwidth of the copy", gpu, f"{case}, [8, 8192, 16, D], forward", target, "×", value))
+    for case, target in (
+        ("bfloat16, D 128", 0.65),
+        ("bfloat16, D 64", 0.55),
+        ("bfloat16, D 128, backward", 0.55),
+        ("bfloat16, D 64, backward", 0.55),
+    ):
+        value = fraction(case, OURS)
+        found.append(Goal("bandwidth of the copy", gpu, f"{case}, [8, 8192, 16, D]", target, "×", value))
     fla = "flash-linear-attention"
     for case, target in (
         ("bfloat16, D 128", 4),
-        ("bfloat16, D 128, forward and backward", 3),
+        ("bfloat16, D 128, backward", 3),
         ("bfloat16, D 128, not normalised", 1.8),
+        ("bfloat16, D 128, not normalised, backward", 2),
     ):
-        value = speedup(case, fla, "kx triton")
-        found.append(Goal(f"as fast as {fla}", gpu, f"{case}, [8, 8192, 16, D]", target, "×", value))
+        found.append(Goal(f"as fast as {fla}", gpu, f"{case}, [8, 8192, 16, D]", target, "×", speedup(case, fla, OURS)))
+    per_token = "the time per token of [8, 8192, 16, 128]"
+    found.append(Goal(per_token, gpu, LONG, 1.7, "×", _long_per_token, at_most=True))
+    anywhere = Where("a CPU, counted", lambda environment: environment["device_kind"] == "cpu")
+    for name, most in (("forward", 1), ("backward", 2)):
+        value = _launches("cuda", "float16, T 256, one head of 64", name)
+        found.append(Goal("launches", anywhere, f"CUDA, {name}", most, "", value, at_most=True))
     return found
+
+
+def _long_per_token(results: dict[str, Any]) -> Measured | None:
+    """One long sequence against eight shorter ones with as many tokens: how many times as long it takes."""
+    best = {
+        case: min(
+            (
+                row["seconds"]
+                for row in results["timings"]
+                if row["case"] == case and row["contender"] in OURS and row["seconds"]
+            ),
+            key=lambda seconds: seconds["median"],
+            default=None,
+        )
+        for case in (LARGE.name, LONG)
+    }
+    long, short = best[LONG], best[LARGE.name]
+    if long is None or short is None:
+        return None
+    return long["median"] / short["median"], long["low"] / short["high"], long["high"] / short["low"]
+
+
+def _launches(backend: str, case: str, name: str) -> Callable[[dict[str, Any]], Measured | None]:
+    def value(results: dict[str, Any]) -> Measured | None:
+        for row in results["counts"]:
+            if (row["backend"], row["case"], row["pass"]) == (backend, case, name):
+                return (row["launches"],) * 3
+        return None
+
+    return value

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from kx_kernels.testing import codegen
 
-from . import accuracy, linear_attention, measure, rope
+from . import accuracy, counts, linear_attention, measure, rope
 from .environment import ROOT, cache_bytes, device_name, environment, slug
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -108,7 +108,7 @@ def run(name: str, device: str, quick: bool) -> Path:
     results: dict[str, Any] = {"op": name, "quick": quick, "environment": environment(device)}
     results["versions"] = op.versions()
     results["timings"], results["growth"] = [], []
-    with tqdm(total=len(cases) + len(sweep) + 5, desc=name, unit="step", dynamic_ncols=True) as progress:
+    with tqdm(total=len(cases) + len(sweep) + 6, desc=name, unit="step", dynamic_ncols=True) as progress:
 
         def step(what: str) -> None:
             progress.set_postfix_str(what)
@@ -129,6 +129,8 @@ def run(name: str, device: str, quick: bool) -> Path:
         step("extras")
         results["accuracy"] = accuracy.measure(name, device)
         step("accuracy")
+        results["counts"] = counts.measure(name, device)
+        step("counts")
         reason = codegen.available()
         code = [] if quick or reason else [row for row in codegen.table() if row["op"] == name]
         results["machine_code"] = {"rows": code, "reason": "left out by --quick" if quick else reason}

@@ -65,6 +65,7 @@ PYBIND11_MODULE(KX_MODULE_NAME, m) {
   m.def("linear_attention_cuda_step", &kx::linear_attention::cuda_step);
 #ifdef KX_EMULATION
   m.def("set_seed", &kx::emulation::set_seed);
+  m.def("launches", &kx::emulation::launches);
   m.def("set_wgmma", &kx::emulation::set_wgmma);
 #endif
 #else

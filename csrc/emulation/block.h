@@ -229,6 +229,8 @@ void set_seed(uint64_t seed);
 // Whether launches find wgmma: if not, they choose what they would on machines without.
 void set_wgmma(bool found);
 bool finds_wgmma();
+// How many launches there have been.
+uint64_t launches();
 uint64_t seed();
 
 }  // namespace kx::emulation

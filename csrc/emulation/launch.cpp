@@ -1,6 +1,13 @@
 #include "../cuda/launch.cuh"
 
 namespace kx::emulation {
+
+namespace {
+uint64_t launch_count = 0;
+}
+
+uint64_t launches() { return launch_count; }
+
 void run(const Launch& launch, const std::function<void()>& body) {
   const Dim3 grid = launch.grid, block = launch.block, cluster = launch.cluster;
   if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
@@ -17,6 +24,7 @@ void run(const Launch& launch, const std::function<void()>& body) {
       grid.z % cluster.z != 0) {
     fail("a cluster has 1 to 16 blocks, and divides the grid");
   }
+  ++launch_count;
   Checker checker;
   for (unsigned z = 0; z < grid.z; z += cluster.z) {
     for (unsigned y = 0; y < grid.y; y += cluster.y) {

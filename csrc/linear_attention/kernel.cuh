@@ -905,12 +905,53 @@ class Block {
     return ((n * pass.segments + other) * p.kv_heads + kv_head) * pass.slices + part;
   }
 
+  // The state to and from memory, as many rows at a time as a chunk has, by way of `staged`.
+  template <class Element, class Combine>
+  __device__ __forceinline__ void load_state(Element&& element, Combine&& combine) {
+#pragma unroll 1
+    for (int base = 0; base < kInner; base += kC) {
+      __syncthreads();
+#pragma unroll 1
+      for (int at = thread; at < kC * kSlice; at += kThreads) {
+        shared.staged[at / kSlice][at % kSlice] = element(base + at / kSlice, at % kSlice);
+      }
+      __syncthreads();
+      for_state([&](float& x, int i, int j) {
+        if (i / kC == base / kC) {
+          x = combine(x, shared.staged[i % kC][j]);
+        }
+      });
+    }
+  }
+  template <class Put>
+  __device__ __forceinline__ void store_state(Put&& put) {
+#pragma unroll 1
+    for (int base = 0; base < kInner; base += kC) {
+      __syncthreads();
+      for_state([&](float& x, int i, int j) {
+        if (i / kC == base / kC) {
+          shared.staged[i % kC][j] = x;
+        }
+      });
+      __syncthreads();
+#pragma unroll 1
+      for (int at = thread; at < kC * kSlice; at += kThreads) {
+        put(base + at / kSlice, at % kSlice, shared.staged[at / kSlice][at % kSlice]);
+      }
+    }
+  }
+
   // The state that the segment starts from: the sum over all that is before it, or after it.
   __device__ __forceinline__ void load_start() {
-    for_state([&](float& x, int i, int j) {
-      const int64_t at = pass.sum || pass.state_in == nullptr ? -1 : in_memory(i, j);
-      x = at >= 0 ? pass.state_in[at] : 0;
-    });
+    for_state([](float& x, int, int) { x = 0; });
+    if (!pass.sum && pass.state_in != nullptr) {
+      load_state(
+          [&](int i, int j) {
+            const int64_t at = in_memory(i, j);
+            return at >= 0 ? pass.state_in[at] : 0;
+          },
+          [](float, float staged) { return staged; });
+    }
     float z = 0;
     const bool mine = has_z && thread < kZColumns;
     if (mine && !pass.sum && pass.z_in != nullptr && z_in_memory(thread) >= 0) {
@@ -919,12 +960,14 @@ class Block {
     if (!pass.sum && pass.sums != nullptr) {
       const int used = tokens > 0 ? (tokens + pass.segment - 1) / pass.segment : 0;
       const int others = !p.causal ? used : kReverse ? used - 1 - this_segment : this_segment;
+#pragma unroll 1
       for (int m = 0; m < others; ++m) {
         const int other = kReverse ? used - 1 - m : m;
         const int length = tokens - other * pass.segment < pass.segment ? tokens - other * pass.segment : pass.segment;
         const float kept = static_cast<float>(power(decay(), length));
         const float* const sums = pass.sums + sums_of(other) * kInner * kSlice;
-        for_state([&](float& x, int i, int j) { x = kept * x + sums[i * kSlice + j]; });
+        load_state([&](int i, int j) { return sums[i * kSlice + j]; },
+                   [&](float x, float staged) { return kept * x + staged; });
         if (mine) {
           z = kept * z + pass.z_sums[sums_of(other) * F::kZ + thread];
         }
@@ -933,12 +976,13 @@ class Block {
     if (thread < kZColumns) {
       shared.z[thread] = z;
     }
+    __syncthreads();  // everybody has read what is staged
   }
 
   __device__ __forceinline__ void store_end() {
     if (pass.sum) {
       float* const sums = pass.sums + sums_of(this_segment) * kInner * kSlice;
-      for_state([&](float& x, int i, int j) { sums[i * kSlice + j] = x; });
+      store_state([&](int i, int j, float x) { sums[i * kSlice + j] = x; });
       if (has_z && thread < kZColumns) {
         pass.z_sums[sums_of(this_segment) * F::kZ + thread] = shared.z[thread];
       }
@@ -948,11 +992,14 @@ class Block {
     if (!ends || (!kReverse && head % (p.heads / p.kv_heads) != 0)) {
       return;
     }
-    for_state([&](float& x, int i, int j) {
-      if (pass.state_out != nullptr && in_memory(i, j) >= 0) {
-        pass.state_out[in_memory(i, j)] = x;
-      }
-    });
+    if (pass.state_out != nullptr) {
+      store_state([&](int i, int j, float x) {
+        const int64_t at = in_memory(i, j);
+        if (at >= 0) {
+          pass.state_out[at] = x;
+        }
+      });
+    }
     const bool writes_z = pass.z_out != nullptr && has_z && (part == 0 || !kInnerKeys);
     if (writes_z && thread < kZColumns && z_in_memory(thread) >= 0) {
       pass.z_out[z_in_memory(thread)] = shared.z[thread];

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,7 @@ class OpSpec:
     eager: for a backend whose errors are not held against those of the reference in the same dtype, what they are held
         against: the reference with more of its steps in that dtype, as eager torch has them.
     make(case, dtype, device, seed): the arguments of a call, as keywords of `function` and of `reference`.
+    passes(backend, problem): runs one pass after the other, and names each when it is done.
     flops(call), bytes(call): of the least work that computes it, counting each input and output once.
     """
 
@@ -67,7 +68,8 @@ class OpSpec:
     flops: Callable[[Call], int]
     bytes: Callable[[Call], int]
     codegen: Callable[[], Mapping[str, Call]]  # calls, on the meta device, whose machine code is checked
-    launch_all: Callable[[Any, Any], Any]  # (backend, problem): launches each kernel that serves it
+    metered: Callable[[], Mapping[str, Call]]  # small calls whose launches and bytes are counted
+    passes: Callable[[Any, Any], Iterator[str]]  # see above
     promises: Sequence[KernelPromise]  # of their machine code; the first that matches a kernel counts
     growth: Mapping[str, Mapping[str, float]]  # quantity -> dimension -> exponent that the counts have to show
 

@@ -11,8 +11,9 @@ from unittest import mock
 
 @dataclass
 class Meter:
-    """Bytes of global memory, of the elements that masks let through, and floating-point operations of dots."""
+    """Launches; bytes of global memory, of the elements that masks let through; floating-point operations of dots."""
 
+    launches: int = 0
     loaded: int = 0
     stored: int = 0
     dot_flops: int = 0
@@ -22,7 +23,7 @@ class Meter:
 def metered() -> Iterator[Meter]:
     """Within the block, counts the kernels that run under TRITON_INTERPRET=1."""
     import numpy as np
-    from triton.runtime.interpreter import InterpreterBuilder
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
     meter = Meter()
 
@@ -35,6 +36,9 @@ def metered() -> Iterator[Meter]:
     def dot(result: Any, a: Any, b: Any, *_: Any) -> None:
         meter.dot_flops += 2 * a.data.size * b.data.shape[-1]
 
+    def launch(result: Any, *_: Any) -> None:
+        meter.launches += 1
+
     def counted(method: Callable[..., Any], count: Callable[..., None]) -> Callable[..., Any]:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             result = method(self, *args, **kwargs)
@@ -43,8 +47,13 @@ def metered() -> Iterator[Meter]:
 
         return call
 
+    methods = [
+        (GridExecutor, "__call__", launch),
+        (InterpreterBuilder, "create_masked_load", load),
+        (InterpreterBuilder, "create_masked_store", store),
+        (InterpreterBuilder, "create_dot", dot),
+    ]
     with contextlib.ExitStack() as stack:
-        for name, count in (("create_masked_load", load), ("create_masked_store", store), ("create_dot", dot)):
-            replacement = counted(getattr(InterpreterBuilder, name), count)
-            stack.enter_context(mock.patch.object(InterpreterBuilder, name, replacement))
+        for owner, name, count in methods:
+            stack.enter_context(mock.patch.object(owner, name, counted(getattr(owner, name), count)))
         yield meter

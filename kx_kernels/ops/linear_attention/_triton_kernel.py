@@ -337,7 +337,9 @@ def linear_attention_kernel(
         turned_b = b
         if R > 0:
             turned_b = _turn(b.to(ACC), cos, sin, BT, BK).to(DOT)
-        values = _load_rows(v, batch, rows, keep, kv_head, v_dims, V).to(DOT)  # [BT, BV]
+        values = turned_b  # dv, which has no need of them
+        if ROLE != "dv":
+            values = _load_rows(v, batch, rows, keep, kv_head, v_dims, V).to(DOT)  # [BT, BV]
 
         total = tl.zeros([BT, BW], ACC)
         side = tl.zeros([BT, BK], ACC)

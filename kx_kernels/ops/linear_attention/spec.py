@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -282,9 +282,21 @@ def codegen() -> dict[str, Call]:
     return calls
 
 
-def launch_all(backend: Any, problem: LinearAttentionProblem) -> None:
+def metered() -> dict[str, Call]:
+    case = LinearAttentionCase(batch=1, length=256)
+    return {
+        f"float16, T 256, one head of {dim}": make(
+            replace(case, heads=1, kv_heads=1, key_dim=dim, value_dim=dim), torch.float16, torch.device("cpu"), 0
+        )
+        for dim in (64, 128)
+    }
+
+
+def passes(backend: Any, problem: LinearAttentionProblem) -> Iterator[str]:
     results = backend.run(problem)
+    yield "forward"
     backend.run_backward(problem, results.denominator, results.o, results.kv, results.z)
+    yield "backward"
 
 
 SPEC = OpSpec(
@@ -309,11 +321,17 @@ SPEC = OpSpec(
     flops=flops,
     bytes=bytes_,
     codegen=codegen,
-    launch_all=launch_all,
+    metered=metered,
+    passes=passes,
     promises=(
         KernelPromise("cuda", "step"),
-        KernelPromise("cuda", " 256", tensor_core=True, shared=160 << 10, may_spill=True),
-        KernelPromise("cuda", tensor_core=True, shared=96 << 10),
+        # Shared memory without the rows that are fetched ahead, which a machine may have no room for.
+        KernelPromise("cuda", "64 64", 160, tensor_core=True, async_copies=True, shared=66 << 10),
+        KernelPromise("cuda", " 256 ", tensor_core=True, async_copies=True, shared=158 << 10),
+        KernelPromise(  # two registers, for gradients of keys
+            "cuda", "128 128 1", tensor_core=True, async_copies=True, shared=110 << 10, may_spill=True
+        ),
+        KernelPromise("cuda", tensor_core=True, async_copies=True, shared=116 << 10),
         KernelPromise("triton", "form", may_spill=True),
         KernelPromise("triton", "float32", wide=0.7, tensor_core=True, async_copies=True, may_spill=True),
         KernelPromise("triton", wide=0.7, tensor_core=True, async_copies=True),

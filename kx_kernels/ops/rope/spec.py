@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..._core.spec import BadCall, Call, KernelPromise, OpSpec
+from ._problem import RopeProblem
 from .api import rope
 from .reference import rope as reference
 from .tables import rope_tables
@@ -276,6 +277,17 @@ def codegen() -> dict[str, Call]:
     return calls
 
 
+def metered() -> dict[str, Call]:
+    case = RopeCase(batch=1, length=16, heads=12, kv_heads=12, head_dim=64, rotary_dim=64)
+    return {"float32, T 16, 12 heads of 64": make(case, torch.float32, torch.device("cpu"), 0)}
+
+
+def passes(backend: Any, problem: RopeProblem) -> Iterator[str]:
+    """A gradient takes the same pass, the other way round."""
+    backend.run(problem, False)
+    yield "forward"
+
+
 SPEC = OpSpec(
     name="rope",
     function=rope,
@@ -294,7 +306,8 @@ SPEC = OpSpec(
     flops=flops,
     bytes=bytes_,
     codegen=codegen,
-    launch_all=lambda backend, problem: backend.run(problem, False),
+    metered=metered,
+    passes=passes,
     promises=(
         # Positions are scalars. A CUDA kernel has code for tables of four dtypes, in vectors and in scalars, of which a
         # call runs one.
