@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kx_kernels as kx
 from kx_kernels._core import native
@@ -207,6 +208,34 @@ def test_compiled_equals_eager(lane, spec: OpSpec, dynamic: bool) -> None:
         outs += gradients(spec, compiled, call, weights, backend=lane.backend)
         for a, b in zip(outs, expected, strict=True):
             assert same_bits(a, b)
+
+
+class OperatorCalls(TorchDispatchMode):
+    """Collects the calls of our operators, as torch's dispatcher sees them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "kx":
+            self.found.append((function, args, kwargs or {}))
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("spec", specs())
+def test_operators_are_what_they_say_they_are(lane, spec: OpSpec) -> None:
+    """opcheck: schemas name what is written, results alias nothing, shapes without data are those with data."""
+    serves(lane, spec)
+    for case in spec.compiled:
+        with OperatorCalls() as calls:
+            call, leaves = with_grad(spec, spec.call(case, torch.float32, lane.device))
+            outs = flat(spec.function(**call, backend=lane.backend))
+            torch.autograd.grad(outs, leaves, [torch.randn_like(o) for o in outs])
+        assert calls.found
+        for function, args, kwargs in calls.found:
+            tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+            torch.library.opcheck(function, args, kwargs, test_utils=tests)
 
 
 @pytest.mark.parametrize("spec", specs())

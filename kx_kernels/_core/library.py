@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,17 @@ def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> 
     torch.library.define(name, schema[schema.index("(") :])
     torch.library.impl(name, "default", run)
     torch.library.register_fake(name, fake)
+
+
+@contextlib.contextmanager
+def autograd_on() -> Iterator[None]:
+    """Within the block autograd works, also where torch runs an operator's implementation below it (dispatch modes)."""
+    key = torch._C.DispatchKey
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    for one in (key.AutogradFunctionality, key.ADInplaceOrView):
+        excluded = excluded.remove(one)
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
 
 
 def transforming() -> bool:

@@ -303,7 +303,7 @@ SPEC = OpSpec(
     name="linear_attention",
     function=linear_attention,
     reference=reference,
-    backends=("triton", "cuda", "cpu", "reference"),
+    backends=("cuda", "triton", "cpu", "reference"),
     dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
     cannot={
         ("triton", "cpu", torch.bfloat16): "truncates to bfloat16",
