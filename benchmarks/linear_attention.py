@@ -349,7 +349,7 @@ def _long_per_token(results: dict[str, Any]) -> Measured | None:
 
 def _launches(backend: str, case: str, name: str) -> Callable[[dict[str, Any]], Measured | None]:
     def value(results: dict[str, Any]) -> Measured | None:
-        for row in results["counts"]:
+        for row in results.get("counts", ()):
             if (row["backend"], row["case"], row["pass"]) == (backend, case, name):
                 return (row["launches"],) * 3
         return None

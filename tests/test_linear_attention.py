@@ -89,6 +89,22 @@ def test_the_reference_is_the_recurrence(lane: Any, length: int) -> None:
     assert_agrees([attend(q, k, v, backend=lane.backend)], lambda *x: [reference(*x)], q, k, v)
 
 
+@pytest.mark.parametrize("length", [1000, 4097])
+def test_many_chunks(lane: Any, length: int) -> None:
+    """Outputs and gradients where sums are long, and the last chunk is not whole."""
+    if lane.slow and length > 1000:
+        pytest.skip("takes minutes")
+    q, k, v = inputs(lane, 1, length, 1, 16)
+    grad = torch.randn_like(v)
+
+    def compute(q: Tensor, k: Tensor, v: Tensor, function: Any = reference, **how: Any) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = function(*leaves, **how)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
+
+    assert_agrees(compute(q, k, v, attend, backend=lane.backend), compute, q, k, v)
+
+
 @pytest.mark.parametrize("cut", [1, 63, 64, 70])
 def test_split_and_carried_state_equal_the_whole(lane: Any, how: dict[str, Any], cut: int) -> None:
     q, k, v = inputs(lane, 1, 130, 2, 16)

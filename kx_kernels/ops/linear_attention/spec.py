@@ -136,6 +136,19 @@ CASES = {
     "transposed": replace(PLAIN, layout="transposed"),
     "packed_qkv": replace(PLAIN, layout="packed", length=17),
     "everything": replace(GROUPED, length=70, decay=True, rope="half", padding="holes", state="both", value_dim=24),
+    "everything_wide": replace(
+        GROUPED,
+        batch=1,
+        length=70,
+        heads=2,
+        kv_heads=1,
+        key_dim=128,
+        value_dim=96,
+        decay=True,
+        rope="half",
+        padding="holes",
+        state="both",
+    ),
     "everything_small": LinearAttentionCase(
         length=5, heads=2, kv_heads=1, key_dim=4, value_dim=3, decay=True, rope="half", padding="holes", state="both"
     ),
