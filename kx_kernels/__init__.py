@@ -5,6 +5,7 @@ __version__ = "0.1.0"
 from . import nn
 from ._core.dispatch import UnsupportedError, backend
 from ._core.explain import explain
+from .ops.gau_attention.api import gau_attention
 from .ops.linear_attention.api import linear_attention, linear_attention_step
 from .ops.linear_attention.state import LinearAttentionState
 from .ops.rope.api import rope
@@ -15,6 +16,7 @@ __all__ = [
     "UnsupportedError",
     "backend",
     "explain",
+    "gau_attention",
     "linear_attention",
     "linear_attention_step",
     "nn",

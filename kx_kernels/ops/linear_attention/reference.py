@@ -11,21 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..._core.rounding import HeldGradient
 from ..rope.reference import rope as rotate
 from .state import LinearAttentionState
-
-
-class _HeldGradient(torch.autograd.Function):
-    """x, whose gradient is rounded to a dtype: as that of x is where x is held in it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.dtype = dtype
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.to(ctx.dtype).to(grad.dtype), None
 
 
 def feature(x: Tensor, name: str, stabilizer: float) -> Tensor:
@@ -186,8 +174,8 @@ def _attend(
                 before = lead(z0.to(exact).repeat_interleave(group, 1))
                 denominator = denominator + torch.einsum("bihd,ni,hi,bnhd->bih", a, members, kept_rows, before)
         if held is not None:
-            numerator = _HeldGradient.apply(numerator, held)
-            denominator = None if denominator is None else _HeldGradient.apply(denominator, held)
+            numerator = HeldGradient.apply(numerator, held)
+            denominator = None if denominator is None else HeldGradient.apply(denominator, held)
         if denominator is None:
             out = scale * numerator
         else:

@@ -1,0 +1,93 @@
+"""The calculus of gated attention: the gradient recomputes the scores, and has a gradient itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..._core import dispatch, library
+from ._backends import (
+    backends,
+    differentiable_reference,
+    leaves_of,
+    reference_gradients,
+    run,
+    run_backward,
+    with_leaves,
+)
+from ._problem import GauProblem as Problem
+from ._problem import Results
+
+Leaves = tuple[Tensor | None, ...]  # q, k, v, gate and bias
+
+
+class GauAttention(torch.autograd.Function):
+    """Saves its inputs, and what the gate was multiplied with."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Problem, backend: str, *leaves: Tensor | None) -> Tensor:
+        p = with_leaves(p, leaves)
+        results = run(p, backend)
+        ctx.save_for_backward(*p.tensors, *results[1:])
+        ctx.options, ctx.backend = p.options, backend
+        return results.o
+
+    @staticmethod
+    def backward(ctx: Any, grad_o: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, ungated, sums = ctx.saved_tensors
+        p = Problem(*tensors, *ctx.options)
+        if torch.is_grad_enabled():
+            found = Gradient.apply(p, ctx.backend, ungated, sums, *leaves_of(p), grad_o)
+        else:
+            found = run_backward(p, ctx.backend, Results(grad_o, ungated, sums), grad_o)
+        return None, None, *found
+
+
+class Gradient(torch.autograd.Function):
+    """The gradient as a function of its own, whose gradient comes of the reference: quadratic in memory."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, p: Problem, backend: str, ungated: Tensor | None, sums: Tensor | None, *values: Tensor | None
+    ) -> Leaves:
+        *leaves, grad_o = values
+        p = with_leaves(p, leaves)
+        assert grad_o is not None
+        ctx.save_for_backward(*p.tensors, grad_o)
+        ctx.options = p.options
+        return tuple(run_backward(p, backend, Results(grad_o, ungated, sums), grad_o))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, grad_o = ctx.saved_tensors
+        p = Problem(*tensors, *ctx.options)
+        with torch.enable_grad():
+            leaves = [None if x is None else x.detach().requires_grad_() for x in leaves_of(p)]
+            grad_o = grad_o.detach().requires_grad_()
+            first = reference_gradients(with_leaves(p, leaves), grad_o, create_graph=True)
+            pairs = [(y, g) for y, g in zip(first, grads, strict=True) if y is not None and g is not None]
+            found = iter(
+                torch.autograd.grad(
+                    [y for y, _ in pairs],
+                    [x for x in (*leaves, grad_o) if x is not None],
+                    [g for _, g in pairs],
+                    materialize_grads=True,
+                )
+            )
+        return None, None, None, None, *(None if x is None else next(found) for x in (*leaves, grad_o))
+
+
+def attend(p: Problem, backend: str) -> Tensor:
+    """o, differentiable, by the shortest road that is correct for this call."""
+    if library.needs_operator([x for x in p.tensors if x is not None]):
+        return torch.ops.kx.gau_attention(*p, backend)[0]
+    if library.transforming():
+        dispatch.choose("gau_attention", backends(), backend, p)
+        return differentiable_reference(p)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves_of(p)):
+        return GauAttention.apply(p, backend, *leaves_of(p))
+    return run(p, backend).o

@@ -1,0 +1,229 @@
+"""The mathematics of gated attention: what holds of every backend whatever the numbers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kx_kernels as kx
+from kx_kernels.ops.gau_attention.reference import gau_attention as reference
+from kx_kernels.ops.gau_attention.spec import SPEC
+from kx_kernels.testing.budget import assert_within_budget
+from kx_kernels.testing.poison import same_bits
+
+attend = kx.gau_attention
+
+
+@pytest.fixture(autouse=True)
+def serves(lane: Any) -> None:
+    if lane.backend not in SPEC.backends:
+        pytest.skip(f"no {lane.backend} kernel")
+
+
+def inputs(lane: Any, length: int = 20, batch: int = 2, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """q, k [B, n, 1, 16], v and the gate [B, n, 1, 24], of order one."""
+    generator = torch.Generator().manual_seed(0)
+    widths = (16, 16, 24, 24)
+    return [torch.randn(batch, length, 1, w, generator=generator).to(lane.device, dtype) for w in widths]
+
+
+def relu2(x: Tensor) -> Tensor:
+    return F.relu(x) ** 2
+
+
+Formula = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""q, k [B, n, s], v [B, n, e], bias [n, n] by (query, key), mask bool [B, n] -> [B, n, e]. Written after the sources
+named in kx_kernels/ops/gau_attention/README.md, each with its own order of scaling and masking."""
+
+
+def su(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+    scores = q @ k.mT / q.shape[-1] ** 0.5 + bias
+    scores = scores.masked_fill(~mask[:, None], -math.inf)
+    return relu2(scores) / mask.sum(1)[:, None, None] @ v
+
+
+def gau_alpha(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+    length = mask.sum(1).clamp(min=16)[:, None, None].to(q.dtype)
+    scores = (q @ k.mT / q.shape[-1] ** 0.5 + bias) * length.log() / math.log(512)
+    return scores.masked_fill(~mask[:, None], -math.inf).softmax(-1) @ v
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+    n = q.shape[1]
+    weights = relu2((torch.einsum("bid,bjd->bij", q, k) + bias) / n)
+    return weights.masked_fill(~mask[:, None], 0.0) @ v
+
+
+def mega(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+    lengths = mask.sum(1)[:, None, None]
+    scores = q / lengths @ k.mT + bias
+    return relu2(scores.masked_fill(~mask[:, None], 0.0)) @ v
+
+
+def rtmpose(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+    return relu2((q @ k.mT + bias) / math.sqrt(q.shape[-1])).masked_fill(~mask[:, None], 0.0) @ v
+
+
+def hstu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+    return F.silu(q @ k.mT + bias) / q.shape[1] * mask[:, None] @ v
+
+
+FORMULAS: dict[str, Formula] = {
+    "su": su,
+    "bert4keras": su,
+    "gau_alpha": gau_alpha,
+    "flash": flash,
+    "mega": mega,
+    "rtmpose": rtmpose,
+    "hstu": hstu,
+}
+
+
+@pytest.mark.parametrize("preset", FORMULAS)
+def test_presets_are_the_formulas_in_the_wild(lane: Any, preset: str) -> None:
+    """Outputs and gradients where keys are no padding, against the formula in float64."""
+    q, k, v, gate = inputs(lane)
+    n = q.shape[1]
+    vector = torch.randn(2 * n - 1, device=lane.device)
+    mask = torch.arange(n, device=lane.device) < torch.tensor([[n], [n - 7]], device=lane.device)
+    grad = torch.randn_like(gate) * mask[..., None, None]
+
+    def theirs(*leaves: Tensor) -> Tensor:
+        q, k, v, gate, vector = leaves
+        apart = torch.arange(n)[None, :] - torch.arange(n)[:, None]
+        o = FORMULAS[preset](q[:, :, 0], k[:, :, 0], v[:, :, 0], vector[(apart + n - 1).to(vector.device)], mask)
+        return gate * o[:, :, None]
+
+    def ours(*leaves: Tensor, **how: Any) -> Tensor:
+        return attend(*leaves[:4], bias=leaves[4], key_padding_mask=mask, preset=preset, **how)
+
+    def both(function: Any, dtype: torch.dtype, **how: Any) -> list[Tensor]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v, gate, vector)]
+        out = function(*leaves, **how) * mask[..., None, None]
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
+
+    exact, eager = both(theirs, torch.float64), both(theirs, torch.float32)
+    for i, (x, e, g) in enumerate(zip(both(ours, torch.float32, backend=lane.backend), exact, eager, strict=True)):
+        assert x.abs().max() > 0.01
+        assert_within_budget(x, e, g, f"result {i}")
+
+
+HOW: dict[str, dict[str, Any]] = {
+    "su": {},
+    "causal": {"causal": True},
+    "sum": {"normalizer": "sum", "causal": True},
+    "silu": {"activation": "silu", "normalizer": 3.0},
+    "sigmoid": {"activation": "sigmoid"},
+    "softmax_plus": {"preset": "gau_alpha"},
+}
+
+
+@pytest.fixture(params=HOW, name="how")
+def how_fixture(request: pytest.FixtureRequest, lane: Any) -> dict[str, Any]:
+    return HOW[request.param] | {"backend": lane.backend}
+
+
+def test_the_future_changes_nothing(lane: Any, how: dict[str, Any]) -> None:
+    q, k, v, gate = inputs(lane)
+    how = how | {"causal": True}
+    before = attend(q, k, v, gate, **how)
+    for x in (k, v):
+        x[:, 12:] = 9.0
+    torch.testing.assert_close(attend(q, k, v, gate, **how)[:, :12], before[:, :12], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf, 1e30])
+def test_padding_never_leaks(lane: Any, how: dict[str, Any], garbage: float) -> None:
+    """Whatever padding holds: outputs and gradients of the rest are the same bits, those of padding are 0."""
+    mask = torch.ones(2, 20, dtype=torch.bool, device=lane.device)
+    mask[0, 13:], mask[1, ::3] = False, False
+    results = []
+    for fill in (0.0, garbage):
+        leaves = [torch.where(mask[..., None, None], x, fill).requires_grad_() for x in inputs(lane)]
+        out = attend(*leaves, key_padding_mask=mask, **how)
+        results.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+    for a, b in zip(*results, strict=True):
+        assert same_bits(a, b)
+        assert not a[~mask].any()
+
+
+def test_padding_length_changes_nothing(lane: Any, how: dict[str, Any]) -> None:
+    q, k, v, gate = inputs(lane)
+    mask = torch.arange(29, device=lane.device).expand(2, 29) < 20
+    padded = [F.pad(x, (0, 0, 0, 0, 0, 9)) for x in (q, k, v, gate)]
+    short, long = attend(q, k, v, gate, **how), attend(*padded, key_padding_mask=mask, **how)[:, :20]
+    assert_close_in_float32(long, short)
+
+
+def assert_close_in_float32(a: Tensor, b: Tensor) -> None:
+    """Up to the order of sums."""
+    torch.testing.assert_close(a, b, rtol=0, atol=4 * torch.finfo(torch.float32).eps * b.abs().max().item())
+
+
+def test_batch_mates_change_nothing(lane: Any, how: dict[str, Any]) -> None:
+    together = attend(*inputs(lane), **how)
+    alone = [attend(*(x[i : i + 1] for x in inputs(lane)), **how) for i in range(2)]
+    assert_close_in_float32(together, torch.cat(alone))
+
+
+def test_packed_sequences_are_sequences(lane: Any, how: dict[str, Any]) -> None:
+    q, k, v, gate = (x[0] for x in inputs(lane, batch=1))
+    ends = [0, 5, 5, 19, 20]
+    cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=lane.device)
+    packed = attend(q, k, v, gate, cu_seqlens=cu_seqlens, **how)
+    for first, last in itertools.pairwise(ends):
+        alone = attend(*(x[None, first:last] for x in (q, k, v, gate)), **how)[0]
+        if last > first:
+            assert_close_in_float32(packed[first:last], alone)
+
+
+def test_no_gate_is_a_gate_of_ones(lane: Any, how: dict[str, Any]) -> None:
+    q, k, v, gate = inputs(lane)
+    assert same_bits(attend(q, k, v, **how), attend(q, k, v, torch.ones_like(gate), **how))
+
+
+def test_a_decoded_query_is_the_last_row(lane: Any, how: dict[str, Any]) -> None:
+    q, k, v, gate = inputs(lane)
+    how = how | {"causal": True}
+    bias = torch.randn(2 * 20 - 1, device=lane.device)
+    whole = attend(q, k, v, gate, bias=bias, **how)
+    for t in (0, 7, 19):
+        one = attend(q[:, t : t + 1], k[:, : t + 1], v[:, : t + 1], gate[:, t : t + 1], bias=bias, **how)
+        assert_close_in_float32(one[:, 0], whole[:, t])
+
+
+def test_rows_that_see_nothing_are_zero(lane: Any, how: dict[str, Any]) -> None:
+    """Queries before the first key, and a sequence of padding alone."""
+    q, k, v, gate = inputs(lane)
+    leaves = [x.requires_grad_() for x in (q, k[:, :8].clone(), v[:, :8].clone(), gate)]
+    mask = torch.ones(2, 8, dtype=torch.bool, device=lane.device)
+    mask[1] = False
+    out = attend(*leaves, key_padding_mask=mask, **(how | {"causal": True}))
+    grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
+    assert not out[:, :12].any()
+    assert not out[1].any()
+    assert not any(g.isnan().any() for g in grads)
+    assert not any(g[1].any() for g in grads)
+
+
+def test_relu2_is_flat_at_zero(lane: Any) -> None:
+    q, k, v, gate = inputs(lane)
+    leaves = [x.requires_grad_() for x in (torch.zeros_like(q), k, v, gate)]
+    out = attend(*leaves, backend=lane.backend)
+    assert not out.any()
+    assert not torch.autograd.grad(out, leaves[:2], torch.ones_like(out))[0].any()
+
+
+def test_function_transforms_see_the_reference(lane: Any) -> None:
+    q, k, v, gate = (x.double() for x in inputs(lane))
+    grad = torch.func.grad(lambda q: kx.gau_attention(q, k, v, gate, causal=True).sum())(q)
+    leaf = q.clone().requires_grad_()
+    expected = torch.autograd.grad(reference(leaf, k, v, gate, causal=True).sum(), leaf)[0]
+    torch.testing.assert_close(grad, expected)
