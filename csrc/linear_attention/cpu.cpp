@@ -5,12 +5,11 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <memory>
-#include <new>
 
 #include "../common/check.h"
 #include "../cpu/gemm.h"
 #include "../cpu/isa.h"
+#include "../cpu/rows.h"
 #include "../cpu/simd.h"
 #include "problem.h"
 
@@ -24,44 +23,6 @@ constexpr int kChunk = 64;                // tokens
 constexpr int64_t kSegment = 8 * kChunk;  // tokens that are worth a thread of their own
 constexpr int64_t kGrain = 1 << 15;       // multiplications that are
 constexpr int64_t kFew = 8;               // tokens that are faster one by one than as a chunk
-
-template <class A>
-struct Free {
-  void operator()(A* p) const { ::operator delete(p, std::align_val_t{64}); }
-};
-template <class A>
-using Buffer = std::unique_ptr<A[], Free<A>>;
-
-template <class A>
-Buffer<A> zeros(size_t n) {
-  Buffer<A> out(static_cast<A*>(::operator new(n * sizeof(A), std::align_val_t{64})));
-  std::fill_n(out.get(), n, A{0});
-  return out;
-}
-
-template <class T, class A>
-void load_row(const T* from, int64_t stride, int64_t n, A* to) {
-  constexpr int kLanes = vector_t<A>::kLanes;
-  int64_t i = 0;
-  for (; stride == 1 && i + kLanes <= n; i += kLanes) {
-    store(to + i, load(from + i));
-  }
-  for (; i < n; ++i) {
-    to[i] = widen(from[i * stride]);
-  }
-}
-
-template <class T, class A>
-void store_row(const A* from, int64_t n, T* to, int64_t stride) {
-  constexpr int kLanes = vector_t<A>::kLanes;
-  int64_t i = 0;
-  for (; stride == 1 && i + kLanes <= n; i += kLanes) {
-    store(to + i, load(from + i));
-  }
-  for (; i < n; ++i) {
-    narrow(from[i], to + i * stride);
-  }
-}
 
 template <class A>
 A dot(const A* x, const A* y, int n) {  // n counts whole vectors

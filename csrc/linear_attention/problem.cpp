@@ -1,52 +1,8 @@
 #include "problem.h"
 
-#include <algorithm>
-
 #include "../common/check.h"
 
 namespace kx::linear_attention {
-namespace {
-
-bool is_float(DType d) {
-  return d == DType::kFloat64 || d == DType::kFloat32 || d == DType::kBFloat16 || d == DType::kFloat16;
-}
-
-View view(const std::optional<Tensor>& x) {
-  View out;
-  if (x) {
-    out.data = x->data;
-    std::copy_n(x->stride.data(), std::min(x->rank, 4), out.stride);
-    out.wide = x->rank == 4 && x->stride[3] == 1 && reinterpret_cast<uintptr_t>(x->data) % 16 == 0;
-    for (int d = 0; d < 3; ++d) {
-      out.wide = out.wide && x->stride[d] * size_of(x->dtype) % 16 == 0;
-    }
-  }
-  return out;
-}
-
-bool has_shape(const Tensor& x, const std::vector<int64_t>& shape) {
-  return x.rank == static_cast<int>(shape.size()) && std::equal(shape.begin(), shape.end(), x.size.begin());
-}
-
-// The address of a tensor without gaps, or null for none.
-template <class T>
-T* dense(const std::optional<Tensor>& x, DType dtype, const std::vector<int64_t>& shape) {
-  if (!x) {
-    return nullptr;
-  }
-  KX_CHECK(x->dtype == dtype, "linear_attention: an argument has the wrong dtype");
-  KX_CHECK(has_shape(*x, shape), "linear_attention: an argument has the wrong shape");
-  int64_t step = 1;
-  const bool empty = std::count(x->size.begin(), x->size.begin() + x->rank, 0) > 0;
-  for (int d = x->rank - 1; d >= 0 && !empty; --d) {
-    KX_CHECK(x->size[d] <= 1 || x->stride[d] == step, "linear_attention: a state has gaps");
-    step *= x->size[d];
-  }
-  return static_cast<T*>(x->data);
-}
-
-}  // namespace
-
 Problem make_problem(const Tensors& in, const Tensors& out, const Options& options, bool backward) {
   KX_CHECK(in.size() == (backward ? 16u : 12u) && out.size() == (backward ? 6u : 4u),
            "linear_attention: wrong number of tensors");

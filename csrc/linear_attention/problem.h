@@ -7,18 +7,11 @@
 #include <tuple>
 #include <vector>
 
-#include "../common/tensor.h"
+#include "../common/view.h"
 
 namespace kx::linear_attention {
 
 enum class Feature : int { kIdentity, kElu1, kRelu, kRelu2, kExp };
-
-// A tensor [B, T, H, D], or of fewer dimensions; strides in elements.
-struct View {
-  void* data = nullptr;
-  int64_t stride[4] = {0, 0, 0, 0};
-  bool wide = false;  // the elements of a row are neighbours, and rows begin at multiples of 16 bytes
-};
 
 struct Problem {
   DType dtype;  // of q, k, v and o; states and denominators are of the type that arithmetic is done in
@@ -61,8 +54,6 @@ struct Problem {
 
 // What a call passes besides its tensors: feature, stabilizer, normalize, eps, scale, causal, interleaved, offset.
 using Options = std::tuple<int, double, bool, double, double, bool, bool, int64_t>;
-
-using Tensors = std::vector<std::optional<Tensor>>;
 
 // `in`: q, k, v, decay, cos, sin, offsets, mask, cu_seqlens, kv0, z0, slots. `out`: o, denominator, kv, z, of which the
 // last two may be kv0 and z0.

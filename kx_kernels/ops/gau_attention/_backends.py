@@ -85,7 +85,12 @@ def _run_reference_backward(p: Problem, results: Results, grad_o: Tensor) -> Gra
 
 @functools.cache
 def backends() -> tuple[dispatch.Backend, ...]:
-    return (dispatch.Backend("reference", lambda problem: None, _run_reference, _run_reference_backward),)
+    from . import _native
+
+    return (
+        dispatch.Backend("cpu", _native.cpu_unsupported, _native.run_cpu, _native.run_cpu_backward),
+        dispatch.Backend("reference", lambda problem: None, _run_reference, _run_reference_backward),
+    )
 
 
 def run(p: Problem, backend: str) -> Results:
@@ -146,7 +151,7 @@ def _op_setup(ctx, inputs, output):
 def _op_gradients(ctx, grad_o, grad_ungated, grad_sums):
     *tensors, ungated, sums = ctx.saved_tensors
     p = Problem(*tensors, *ctx.options)
-    kept = (None if p.gate is None else ungated, sums if p.by_sum else None)
+    kept = (ungated if p.by_sum or p.gate is not None else None, sums if p.by_sum else None)
     q, k, v, gate, bias = torch.ops.kx.gau_attention_backward(*p, ctx.backend, *kept, grad_o)
     optional = (None if x is None else g for x, g in ((p.gate, gate), (p.bias, bias)))
     return q, k, v, *optional, *(None,) * 15

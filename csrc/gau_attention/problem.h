@@ -1,0 +1,52 @@
+// One call of gated attention as the kernels see it. Packed sequences are a batch of one; a "sequence" is a batch entry
+// or a packed sequence.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../common/view.h"
+
+namespace kx::gau_attention {
+
+enum class Activation : int { kRelu2, kRelu, kSilu, kSigmoid, kLaplace, kIdentity };
+
+struct Problem {
+  DType dtype;  // of q, k, v, gate and o; what is by row, bias and sums are of the type that arithmetic is done in
+  int64_t batch, queries, keys, heads, kv_heads, key_dim, value_dim;
+  View q, k, v, gate, o;  // gate may have no data
+
+  int64_t num_sequences;
+  const int32_t *cu_seqlens, *cu_seqlens_k;  // [num_sequences + 1], or null
+  const uint8_t *query_mask, *key_mask;      // [B, n_q] and [B, n_k], zero for padding, or null
+  int64_t query_mask_stride[2], key_mask_stride[2];
+
+  const void* bias;  // [bias_heads, distances], or null
+  int64_t bias_heads, distances;
+  const void *a, *b, *c;  // [B, n_q], or null
+
+  View ungated;  // as o, before the gate; may have no data
+  void* sums;    // [B, n_q, heads] of a row's scores, or null
+
+  // Backward.
+  View grad_o, grad_q, grad_k, grad_v, grad_gate;
+  void* grad_bias;  // as bias
+
+  Activation activation;
+  double scale, bias_scale, out_scale;
+  bool by_sum, causal;
+};
+
+// What a call passes besides its tensors: activation, scale, bias_scale, out_scale, by_sum, causal.
+using Options = std::tuple<int, double, double, double, bool, bool>;
+
+// `in`: q, k, v, gate, bias, a, b, c, query_mask, key_mask, cu_seqlens, cu_seqlens_k. `out`: o, ungated, sums.
+void cpu(const Tensors& in, const Tensors& out, const Options& options, int num_threads);
+// `in` as above and ungated, sums, grad_o. `out`: grad_q, grad_k, grad_v, grad_gate, grad_bias.
+void cpu_backward(const Tensors& in, const Tensors& out, const Options& options, int num_threads);
+
+Problem make_problem(const Tensors& in, const Tensors& out, const Options& options, bool backward);
+
+}  // namespace kx::gau_attention
