@@ -462,10 +462,11 @@ class Worker {
       A* const c = angles + 2 * i * p.half;
       A* const s = c + p.half;
       const int64_t position = first + i;
-      if (position < 0 || position >= p.table_length) {  // padding, or a position that no table knows
+      const bool stays = position < 0 || !keeps(rows, i);  // padding
+      if (stays || position >= p.table_length) {           // or a position that no table knows
         const A unknown = std::numeric_limits<A>::quiet_NaN();
-        std::fill_n(c, p.half, position < 0 ? A{1} : unknown);
-        std::fill_n(s, p.half, position < 0 ? A{0} : unknown);
+        std::fill_n(c, p.half, stays ? A{1} : unknown);
+        std::fill_n(s, p.half, stays ? A{0} : unknown);
         continue;
       }
       for (int64_t pair = 0; pair < p.half; ++pair) {

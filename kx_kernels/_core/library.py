@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 NAMESPACE = "kx"
 
@@ -30,19 +31,40 @@ def autograd_on() -> Iterator[None]:
         yield
 
 
-def transforming() -> bool:
-    """True within a torch.func transform (grad, vmap, jvp, …), which sees through torch's own operators only."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+def transforming(tensors: Sequence[torch.Tensor | None] = ()) -> bool:
+    """True within a torch.func transform or forward-mode autograd, which see through torch's own operators only.
+
+    So does a batch of gradients (is_grads_batched): that is one of `tensors` then.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return True
+    return any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors)
+
+
+def plain(p: Any) -> Any:
+    """p, a NamedTuple with tensors, without lazy negation, which a kernel that reads addresses would not see."""
+
+    def one(x: Any) -> Any:
+        if isinstance(x, torch.Tensor):
+            return x.resolve_neg() if x.is_neg() else x
+        if isinstance(x, (tuple, list)) and any(isinstance(y, torch.Tensor) for y in x):
+            return type(x)(one(y) for y in x)
+        return x
+
+    return p._make(one(x) for x in p)
 
 
 def needs_operator(tensors: Sequence[torch.Tensor]) -> bool:
     """True if something watches this call, so that it has to go through torch's dispatcher.
 
-    That is: torch.compile, torch.export, fake and other subclass tensors, dispatch modes. An eager call on plain
-    tensors may go to the kernel directly, which saves the dispatcher's microseconds.
+    That is: torch.compile, torch.export, torch.jit.trace, fake and other subclass tensors, dispatch modes. An eager
+    call on plain tensors may go to the kernel directly, which saves the dispatcher's microseconds.
     """
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch.jit.is_tracing()
         or any(type(x) is not torch.Tensor and type(x) is not torch.nn.Parameter for x in tensors)
     )

@@ -16,6 +16,7 @@ from ._backends import (
     reference_gradients,
     run,
     run_backward,
+    second_gradients,
     with_leaves,
 )
 from ._problem import GauProblem as Problem
@@ -39,7 +40,11 @@ class GauAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_o: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, ungated, sums = ctx.saved_tensors
         p = Problem(*tensors, *ctx.options)
-        if torch.is_grad_enabled():
+        if library.transforming((grad_o,)):
+            with torch.enable_grad():
+                leaves = [None if x is None else x.detach().requires_grad_() for x in leaves_of(p)]
+                found = reference_gradients(with_leaves(p, leaves), grad_o, create_graph=False)
+        elif torch.is_grad_enabled():
             found = Gradient.apply(p, ctx.backend, ungated, sums, *leaves_of(p), grad_o)
         else:
             found = run_backward(p, ctx.backend, Results(grad_o, ungated, sums), grad_o)
@@ -65,20 +70,7 @@ class Gradient(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, grad_o = ctx.saved_tensors
         p = Problem(*tensors, *ctx.options)
-        with torch.enable_grad():
-            leaves = [None if x is None else x.detach().requires_grad_() for x in leaves_of(p)]
-            grad_o = grad_o.detach().requires_grad_()
-            first = reference_gradients(with_leaves(p, leaves), grad_o, create_graph=True)
-            pairs = [(y, g) for y, g in zip(first, grads, strict=True) if y is not None and g is not None]
-            found = iter(
-                torch.autograd.grad(
-                    [y for y, _ in pairs],
-                    [x for x in (*leaves, grad_o) if x is not None],
-                    [g for _, g in pairs],
-                    materialize_grads=True,
-                )
-            )
-        return None, None, None, None, *(None if x is None else next(found) for x in (*leaves, grad_o))
+        return None, None, None, None, *second_gradients(p, grad_o, grads)
 
 
 def attend(p: Problem, backend: str) -> Tensor:

@@ -96,14 +96,32 @@ def backends() -> tuple[dispatch.Backend, ...]:
 def run(p: Problem, backend: str) -> Results:
     """Attends with no autograd."""
     check_values(p)
-    return dispatch.choose("gau_attention", backends(), backend, p).run(p)
+    return dispatch.choose("gau_attention", backends(), backend, p).run(library.plain(p))
 
 
 def run_backward(p: Problem, backend: str, results: Results, grad_o: Tensor) -> Gradients:
     """The gradients of a call whose forward pass gave `results`."""
     chosen = dispatch.choose("gau_attention", backends(), backend, p)
     assert chosen.run_backward is not None
-    return chosen.run_backward(p, results, grad_o)
+    return chosen.run_backward(library.plain(p), results, grad_o.resolve_neg())
+
+
+def second_gradients(p: Problem, grad_o: Tensor, grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    """The gradients of the gradients of p's leaves for that of o, in all of these: by the reference."""
+    with library.autograd_on():
+        leaves = [None if x is None else x.detach().requires_grad_() for x in leaves_of(p)]
+        grad_o = grad_o.detach().requires_grad_()
+        first = reference_gradients(with_leaves(p, leaves), grad_o, create_graph=True)
+        pairs = [(y, g) for y, g in zip(first, grads, strict=True) if y is not None and g is not None]
+        found = iter(
+            torch.autograd.grad(
+                [y for y, _ in pairs],
+                [x for x in (*leaves, grad_o) if x is not None],
+                [g for _, g in pairs],
+                materialize_grads=True,
+            )
+        )
+    return [None if x is None else next(found) for x in (*leaves, grad_o)]
 
 
 # torch's operators return tensors, never None: what a call does not have is an empty one.
@@ -165,3 +183,19 @@ library.register(
     _fake_backward,
 )
 torch.library.register_autograd("kx::gau_attention", _op_gradients, setup_context=_op_setup)
+
+
+def _backward_setup(ctx, inputs, output):
+    ctx.options = inputs[NUM_TENSORS:-4]
+    ctx.save_for_backward(*inputs[:NUM_TENSORS], inputs[-1])
+
+
+def _backward_gradients(ctx, *grads):
+    *tensors, grad_o = ctx.saved_tensors
+    p = Problem(*tensors, *ctx.options)
+    present = (x is not None for x in leaves_of(p))
+    found = second_gradients(p, grad_o, tuple(g if here else None for g, here in zip(grads, present, strict=True)))
+    return *found[:5], *(None,) * 17, found[5]
+
+
+torch.library.register_autograd("kx::gau_attention_backward", _backward_gradients, setup_context=_backward_setup)

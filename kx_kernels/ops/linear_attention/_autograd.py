@@ -12,10 +12,12 @@ from ..._core import dispatch, library
 from ._backends import (
     backends,
     differentiable_reference,
+    leaves_of,
     reference_gradients,
     run,
     run_backward,
     run_step,
+    second_gradients,
     with_leaves,
 )
 from ._problem import NUM_TENSORS
@@ -45,8 +47,12 @@ class LinearAttention(torch.autograd.Function):
         grad_o, grad_kv, grad_z = grads
         if grad_o is None:  # a loss on the state alone
             grad_o = p.q.new_zeros(()).expand(*p.q.shape[:-1], p.v.shape[-1])
-        leaves = (p.q, p.k, p.v, p.kv0, p.z0)
-        if torch.is_grad_enabled():
+        leaves = leaves_of(p)
+        if library.transforming(grads):
+            with torch.enable_grad():
+                leaves = tuple(None if x is None else x.detach().requires_grad_() for x in leaves)
+                found = reference_gradients(with_leaves(p, leaves), (grad_o, grad_kv, grad_z), create_graph=False)
+        elif torch.is_grad_enabled():
             found = Gradient.apply(p, ctx.backend, denominator, *leaves, grad_o, grad_kv, grad_z)
         else:
             found = run_backward(p, ctx.backend, denominator, grad_o, grad_kv, grad_z)
@@ -69,20 +75,7 @@ class Gradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         p = Problem(*ctx.saved_tensors[:NUM_TENSORS], *ctx.options)
-        values = (p.q, p.k, p.v, p.kv0, p.z0, *ctx.saved_tensors[NUM_TENSORS:])
-        with torch.enable_grad():
-            values = tuple(None if x is None else x.detach().requires_grad_() for x in values)
-            first = reference_gradients(with_leaves(p, values[:5]), values[5:], create_graph=True)
-            pairs = [(y, g) for y, g in zip(first, grads, strict=True) if y is not None and g is not None]
-            found = iter(
-                torch.autograd.grad(
-                    [y for y, _ in pairs],
-                    [x for x in values if x is not None],
-                    [g for _, g in pairs],
-                    materialize_grads=True,
-                )
-            )
-        return None, None, None, *(None if x is None else next(found) for x in values)
+        return None, None, None, *second_gradients(p, ctx.saved_tensors[NUM_TENSORS:], grads)
 
 
 def step(p: Problem, backend: str) -> Tensor:
@@ -95,7 +88,7 @@ def step(p: Problem, backend: str) -> Tensor:
 
 def attend(p: Problem, backend: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(o, kv, z), differentiable, by the shortest road that is correct for this call."""
-    leaves = (p.q, p.k, p.v, p.kv0, p.z0)
+    leaves = leaves_of(p)
     if library.needs_operator([x for x in p.tensors if x is not None]):
         o, _, kv, z = torch.ops.kx.linear_attention(*p, backend)
         return o, kv if p.with_state else None, z if p.with_state and p.normalize else None

@@ -94,6 +94,10 @@ def _run_reference_backward(
     return gradients
 
 
+def leaves_of(p: Problem) -> tuple[Tensor | None, ...]:
+    return p.q, p.k, p.v, p.kv0, p.z0
+
+
 def with_leaves(p: Problem, leaves: Any) -> Problem:
     """The same call of other q, k, v, kv0 and z0."""
     q, k, v, kv0, z0 = leaves
@@ -116,7 +120,7 @@ def backends() -> tuple[dispatch.Backend, ...]:
 def run(p: Problem, backend: str) -> Results:
     """Attends with no autograd."""
     check_values(p)
-    return dispatch.choose("linear_attention", backends(), backend, p).run(p)
+    return dispatch.choose("linear_attention", backends(), backend, p).run(library.plain(p))
 
 
 def _run_reference_step(p: Problem) -> Tensor:
@@ -146,7 +150,14 @@ def step_backends() -> tuple[dispatch.Backend, ...]:
 
 def run_step(p: Problem, backend: str) -> Tensor:
     check_values(p)
-    return dispatch.choose("linear_attention_step", step_backends(), backend, p).run(p)
+    chosen = dispatch.choose("linear_attention_step", step_backends(), backend, p)
+    states = [x for x in (p.kv0, p.z0) if x is not None]
+    if any(x.is_neg() for x in states):
+        raise ValueError(
+            "linear_attention_step: argument 'state' is a lazily negated view; expected plain memory to write in place"
+        )
+    torch.autograd.graph.increment_version(states)
+    return chosen.run(library.plain(p))
 
 
 def run_backward(
@@ -160,7 +171,29 @@ def run_backward(
     """The gradients of a call whose forward pass gave `denominator`."""
     chosen = dispatch.choose("linear_attention", backends(), backend, p)
     assert chosen.run_backward is not None
-    return chosen.run_backward(p, denominator, grad_o, grad_kv, grad_z)
+    given = (None if x is None else x.resolve_neg() for x in (denominator, grad_o, grad_kv, grad_z))
+    return chosen.run_backward(library.plain(p), *given)
+
+
+def second_gradients(
+    p: Problem, given: tuple[Tensor | None, ...], grads: tuple[Tensor | None, ...]
+) -> list[Tensor | None]:
+    """The gradients of the gradients of p's leaves for those of o, kv and z, in all of these: by the reference."""
+    with library.autograd_on():
+        leaves, outer = (
+            [None if x is None else x.detach().requires_grad_() for x in values] for values in (leaves_of(p), given)
+        )
+        first = reference_gradients(with_leaves(p, leaves), tuple(outer), create_graph=True)
+        pairs = [(y, g) for y, g in zip(first, grads, strict=True) if y is not None and g is not None]
+        found = iter(
+            torch.autograd.grad(
+                [y for y, _ in pairs],
+                [x for x in (*leaves, *outer) if x is not None],
+                [g for _, g in pairs],
+                materialize_grads=True,
+            )
+        )
+    return [None if x is None else next(found) for x in (*leaves, *outer)]
 
 
 # torch's operators return tensors, never None: what a call does not have is an empty one.
@@ -224,3 +257,23 @@ library.register(
     _fake_backward,
 )
 torch.library.register_autograd("kx::linear_attention", _op_gradients, setup_context=_op_setup)
+
+
+def _backward_setup(ctx, inputs, output):
+    ctx.options = inputs[NUM_TENSORS : -len(_GIVEN)]
+    ctx.save_for_backward(*inputs[:NUM_TENSORS], *inputs[-len(_GIVEN) :])
+
+
+def _backward_gradients(ctx, *grads):
+    tensors, given = ctx.saved_tensors[:NUM_TENSORS], ctx.saved_tensors[NUM_TENSORS + 1 :]
+    p = Problem(*tensors, *ctx.options[:-1])
+    present = (True, True, True, p.kv0 is not None, p.z0 is not None)
+    found = second_gradients(
+        p, tuple(given), tuple(g if here else None for g, here in zip(grads, present, strict=True))
+    )
+    q, k, v, kv0, z0 = found[:5]
+    return q, k, v, *(None,) * 6, kv0, z0, *(None,) * 11, None, *found[5:]
+
+
+_GIVEN = ("denominator", "grad_o", "grad_kv", "grad_z")
+torch.library.register_autograd("kx::linear_attention_backward", _backward_gradients, setup_context=_backward_setup)

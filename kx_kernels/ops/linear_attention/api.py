@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..._core import dispatch
-from ..._core.checks import FLOATS, INDICES, Description, bound, check_int, check_tensor, reject
+from ..._core.checks import FLOATS, INDICES, Description, bound, check_int, check_tensor, describe, reject
+from ..._core.padding import without_padding
 from ._autograd import attend, step
 from ._backends import backends
 from ._problem import FEATURE_MAPS, LinearAttentionProblem
@@ -239,6 +240,7 @@ def step_problem(*args, **kwargs) -> LinearAttentionProblem:
 
 def _checked_step(q, k, v, state, slots, **options) -> LinearAttentionProblem:
     op = "linear_attention_step"
+    check_tensor(op, "q", q, FLOATS)
     if not isinstance(state, (tuple, list)) or len(state) != 2:
         reject(op, "state", Description(f"a {type(state).__name__}"), "a pair of tensors, kv and z", TypeError)
     for name, x in (("q", q), ("k", k), ("v", v), ("state", state[0]), ("state", state[1])):
@@ -253,8 +255,11 @@ def _checked_step(q, k, v, state, slots, **options) -> LinearAttentionProblem:
         if slots.shape != q.shape[:1]:
             reject(op, "slots", slots, f"shape [B] = {list(q.shape[:1])}")
         slots = slots.long().contiguous()
+    if not isinstance(state[0], Tensor) or state[0].dim() != 4:
+        reject(op, "state", state[0], "kv of shape [S, H_k, D_k, D_v]", TypeError)
     states = None if slots is None else state[0].shape[0]
-    options |= {"causal": True, "cu_seqlens": None, "initial_state": state, "return_state": False, "states": states}
+    options |= {"causal": True, "cu_seqlens": None, "initial_state": state, "return_state": False}
+    options |= {"states": states, "op": op}
     return _checked(q, k, v, **options)._replace(slots=slots)
 
 
@@ -287,6 +292,7 @@ def _checked(
     initial_state: State | None,
     return_state: bool,
     states: int | None = None,
+    op: str = OP,
 ) -> LinearAttentionProblem:
     """The call as a LinearAttentionProblem, or the error that names what is wrong with it."""
     packed = cu_seqlens is not None
@@ -321,13 +327,23 @@ def _checked(
         if mask.shape != q.shape[:-2]:
             reject(OP, "key_padding_mask", mask, f"shape {list(q.shape[:-2])}, that of q without heads")
 
+    if q.shape[-2] == 0:
+        reject(OP, "q", q, "one head or more")
+    if value_dim == 0:
+        reject(OP, "v", v, "a head dimension above 0")
     if callable(feature_map):
-        q, k = feature_map(q), feature_map(k)
+        features = []
         for name, x in (("q", q), ("k", k)):
-            if x.shape[:-1] != (q if name == "q" else v).shape[:-1] or x.shape[-1] != q.shape[-1]:
-                reject(
-                    OP, "feature_map", Description(f"a function that makes {name} {list(x.shape)}"), "other features"
-                )
+            made = feature_map(without_padding(x, mask, cu_seqlens))
+            if not isinstance(made, Tensor) or made.shape[:-1] != x.shape[:-1] or made.shape[-1] == 0:
+                what = describe(made) if isinstance(made, Tensor) else f"a {type(made).__name__}"
+                given = Description(f"a function that makes {what} of {name}")
+                reject(OP, "feature_map", given, f"a tensor of shape {[*x.shape[:-1], 'D_f']}, D_f above 0")
+            features.append(made)
+        q, k = features
+        if q.shape[-1] != k.shape[-1]:
+            given = Description(f"a function that makes {q.shape[-1]} features of q and {k.shape[-1]} of k")
+            reject(OP, "feature_map", given, "as many of both")
         feature_map = getattr(feature_map, "kernel_map", "identity")
         q, k, key_dim = q.to(v.dtype), k.to(v.dtype), q.shape[-1]
     if feature_map not in FEATURE_MAPS:
@@ -347,8 +363,8 @@ def _checked(
         _reject_gradient("decay", decay)
         decay = decay.double().contiguous()
     cos, sin, first, offsets = _checked_rope(q, rope, rope_offset, sequences, packed)
-    states = sequences if states is None else states
-    kv0, z0 = _checked_state(q, initial_state, (states, kv_heads, key_dim, value_dim), normalize)
+    sizes = (sequences if states is None else states, kv_heads, key_dim, value_dim)
+    kv0, z0 = _checked_state(q, initial_state, sizes, normalize, op, "initial_state" if op == OP else "state")
 
     if packed:
         q, k, v = q[None], k[None], v[None]
@@ -414,23 +430,23 @@ def _checked_rope(
 
 
 def _checked_state(
-    q: Tensor, state: State | None, shape: tuple[int, ...], normalize: bool
+    q: Tensor, state: State | None, shape: tuple[int, ...], normalize: bool, op: str, name: str
 ) -> tuple[Tensor | None, Tensor | None]:
     if state is None:
         return None, None
     if not isinstance(state, (tuple, list)) or len(state) != 2:
-        reject(OP, "initial_state", Description(f"a {type(state).__name__}"), "a pair of tensors, kv and z", TypeError)
+        reject(op, name, Description(f"a {type(state).__name__}"), "a pair of tensors, kv and z", TypeError)
     kv, z = state
     dtypes = (torch.float64 if q.dtype == torch.float64 else torch.float32,)
-    check_tensor(OP, "initial_state", kv, dtypes, q)
+    check_tensor(op, name, kv, dtypes, q)
     if kv.shape != shape:
-        reject(OP, "initial_state", kv, f"kv of shape [N, H_k, D_k, D_v] = {list(shape)}")
+        reject(op, name, kv, f"kv of shape [N, H_k, D_k, D_v] = {list(shape)}")
     if not normalize:
         if z is not None:
-            reject(OP, "initial_state", z, "no z, as normalize=False keeps none")
+            reject(op, name, z, "no z, as normalize=False keeps none")
         return kv.contiguous(), None
-    check_tensor(OP, "initial_state", z, dtypes, q)
+    check_tensor(op, name, z, dtypes, q)
     assert z is not None
     if z.shape != shape[:-1]:
-        reject(OP, "initial_state", z, f"z of shape [N, H_k, D_k] = {list(shape[:-1])}")
+        reject(op, name, z, f"z of shape [N, H_k, D_k] = {list(shape[:-1])}")
     return kv.contiguous(), z.contiguous()

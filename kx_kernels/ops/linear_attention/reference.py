@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..._core.padding import without_padding
 from ..._core.rounding import HeldGradient
 from ..rope.reference import rope as rotate
 from .state import LinearAttentionState
@@ -19,7 +20,7 @@ from .state import LinearAttentionState
 def feature(x: Tensor, name: str, stabilizer: float) -> Tensor:
     """φ(x), element by element."""
     if name == "elu1":
-        return F.elu(x) + 1
+        return torch.where(x > 0, x + 1, x.clamp(max=0).exp())  # F.elu(x) + 1 is 0 where e^x is small
     if name == "relu":
         return F.relu(x)
     if name == "relu2":
@@ -103,6 +104,7 @@ def _attend(
     with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext():
         if callable(feature_map):
             mapped = feature_map
+            q, k = (without_padding(x, key_padding_mask, cu_seqlens) for x in (q, k))
             q, k, feature_map = mapped(q).to(v.dtype), mapped(k).to(v.dtype), getattr(mapped, "kernel_map", "identity")
         dtype, packed = q.dtype, cu_seqlens is not None
         exact = torch.float64 if dtype == torch.float64 else torch.float32
@@ -145,6 +147,7 @@ def _attend(
                 ra, rb = ra[None], rb[None]
             else:
                 ra, rb = rotate(a, b, cos, sin, **where)
+            ra, rb = torch.where(keep, ra, 0), torch.where(keep, rb, 0)  # whatever the tables say of padding
         b, rb, values = (x.repeat_interleave(group, 2) for x in (b, rb, values))
 
         apart = place[:, None] - place[None, :]

@@ -49,7 +49,7 @@ def rotate(p: RopeProblem, backend: str, inplace: bool) -> tuple[Tensor, ...]:
             return p.xs
         outs = torch.ops.kx.rope(list(p.xs), *p[1:], backend)
         return tuple(x.copy_(y) for x, y in zip(p.xs, outs, strict=True)) if inplace else tuple(outs)
-    if library.transforming():
+    if library.transforming(p.xs):
         dispatch.choose("rope", backends(), backend, p)
         outs = differentiable_reference(p)
         return tuple(x.copy_(y) for x, y in zip(p.xs, outs, strict=True)) if inplace else tuple(outs)

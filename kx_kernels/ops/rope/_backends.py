@@ -43,7 +43,12 @@ def run(p: RopeProblem, backend: str, inplace: bool) -> list[Tensor]:
     """Rotates with no autograd: fresh tensors laid out as their inputs, or the inputs themselves if `inplace`."""
     check_positions(p)
     chosen = dispatch.choose("rope", backends(), backend, p)
-    return chosen.run(p, inplace)
+    if not inplace:
+        return chosen.run(library.plain(p), inplace)
+    if any(x.is_neg() for x in p.xs):
+        raise ValueError("rope: argument 'q' or 'k' is a lazily negated view; expected plain memory to write in place")
+    torch.autograd.graph.increment_version(p.xs)
+    return chosen.run(library.plain(p), inplace)
 
 
 _ARGUMENTS = (

@@ -1,0 +1,16 @@
+"""Rows that carry no meaning."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def without_padding(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """x, [..., T, H, D], with zeros for padding (mask [..., T] False) and for packed rows of no sequence."""
+    if mask is not None:
+        x = torch.where(mask[..., None, None], x, 0)
+    if cu_seqlens is not None:
+        row = torch.arange(x.shape[0], device=x.device)
+        x = torch.where(((row >= cu_seqlens[0]) & (row < cu_seqlens[-1]))[:, None, None], x, 0)
+    return x
