@@ -28,10 +28,10 @@ for tool in memcheck racecheck synccheck; do
   step "primitives-$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 build/gpu/tests/csrc/device_conformance
 done
 step machine 30 "$python" -m kx_kernels
-step contract 150 "$python" -m pytest tests/test_gpu.py tests/test_contract.py tests/test_rope.py -q --maxfail=20 \
+step contract 200 "$python" -m pytest tests -q --maxfail=20 --ignore tests/test_csrc.py --ignore tests/test_codegen.py \
   -k "gpu or cuda-cuda or triton-cuda"
 for tool in memcheck racecheck initcheck; do
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-regex kns=rope \
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-regex 'kns=rope|linear_attention|step' \
     "$python" -m pytest tests/test_contract.py -q -p no:cacheprovider \
     -k "within_budget and cuda-cuda and (bfloat16 or float64) and (R6 or D128 or packed or cu_seqlens)"
 done

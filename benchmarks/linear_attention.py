@@ -231,6 +231,7 @@ CONTENDERS = [
     Contender("chunked, torch eager", "torch", _chunked),
     Contender("chunked, torch.compile", "torch", _compiled(_chunked)),
     Contender("quadratic, torch eager", "torch", _quadratic),
+    Contender("quadratic, torch.compile", "torch", _compiled(_quadratic)),
     Contender("softmax attention (SDPA)", "other", _softmax),
     Contender("flash-linear-attention", "peer", _fla),
     Contender("fast-transformers", "peer", _fast_transformers),

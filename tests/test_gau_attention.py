@@ -110,7 +110,8 @@ def test_presets_are_the_formulas_in_the_wild(lane: Any, preset: str) -> None:
         return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
 
     exact, eager = both(theirs, torch.float64), both(theirs, torch.float32)
-    for i, (x, e, g) in enumerate(zip(both(ours, torch.float32, backend=lane.backend), exact, eager, strict=True)):
+    where = {} if preset == "gau_alpha" else {"backend": lane.backend}
+    for i, (x, e, g) in enumerate(zip(both(ours, torch.float32, **where), exact, eager, strict=True)):
         assert x.abs().max() > 0.01
         assert_within_budget(x, e, g, f"result {i}")
 
@@ -127,6 +128,8 @@ HOW: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(params=HOW, name="how")
 def how_fixture(request: pytest.FixtureRequest, lane: Any) -> dict[str, Any]:
+    if "preset" in HOW[request.param]:  # softmax: torch's
+        return HOW[request.param]
     return HOW[request.param] | {"backend": lane.backend}
 
 
@@ -219,6 +222,14 @@ def test_relu2_is_flat_at_zero(lane: Any) -> None:
     out = attend(*leaves, backend=lane.backend)
     assert not out.any()
     assert not torch.autograd.grad(out, leaves[:2], torch.ones_like(out))[0].any()
+
+
+def test_softmax_is_torchs(lane: Any) -> None:
+    with pytest.raises(kx.UnsupportedError, match="served by torch's scaled_dot_product_attention"):
+        attend(*inputs(lane), activation="softmax", backend=lane.backend)
+    with pytest.raises(ValueError, match="argument 'normalizer' is 'length'; expected None, as softmax"):
+        attend(*inputs(lane), activation="softmax", normalizer="length")
+    assert "torch      serves this call" in kx.explain(attend, *inputs(lane), preset="gau_alpha")
 
 
 def test_function_transforms_see_the_reference(lane: Any) -> None:

@@ -102,3 +102,18 @@ def test_favor_draws() -> None:
     a.redraw(seed=5)
     assert not torch.equal(a.projection, before)
     assert set(a.state_dict()) == {"projection"}
+
+
+def test_a_layer_that_sees_the_future_does_not_decode() -> None:
+    layer = kx.nn.LinearAttention(16, 2, causal=False)
+    for call in (
+        lambda: layer.prefill(torch.randn(1, 3, 16)),
+        lambda: layer.step(torch.randn(1, 1, 16), layer.new_state(1)),
+    ):
+        with pytest.raises(ValueError, match="causal is False; expected a causal layer"):
+            call()
+
+
+def test_a_layer_names_its_feature_maps() -> None:
+    with pytest.raises(ValueError, match="feature_map is 'gelu'; expected a function, or one of identity, elu1"):
+        kx.nn.LinearAttention(16, 2, feature_map="gelu")

@@ -25,11 +25,14 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> str:
     """A table of the backends of `op`: which one serves the call op(*args, **kwargs), and why the others do not.
 
     Args:
-        op: a public function of this package, or its name.
+        op: an operator with backends (`rope`, `linear_attention`, `gau_attention`), or its name.
         args, kwargs: what it would be called with. Nothing is computed.
 
     Raises what the call itself would raise for wrong arguments.
     """
     name = op if isinstance(op, str) else op.__name__
-    api = importlib.import_module(f"kx_kernels.ops.{name}.api")
+    try:
+        api = importlib.import_module(f"kx_kernels.ops.{name}.api")
+    except ModuleNotFoundError:
+        raise ValueError(f"explain: argument 'op' is {name!r}; expected an operator, such as kx.rope") from None
     return table(api.survey(*args, **kwargs), requested(kwargs.get("backend")))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.linear_attention.api import linear_attention, linear_attention_step
+from ..ops.linear_attention.api import FEATURE_MAPS, linear_attention, linear_attention_step
 from ..ops.linear_attention.state import LinearAttentionState
 from .rotary import RotaryEmbedding
 
@@ -31,9 +31,10 @@ class LinearAttention(nn.Module):
         num_kv_heads: H_k, of keys and values; divides H. H if None.
         head_dim: D_k, of queries and keys; embed_dim / H if None.
         value_dim: D_v; D_k if None.
-        feature_map: φ, as in `kx_kernels.linear_attention`; a module becomes part of this one.
+        feature_map: φ, as in `kx_kernels.linear_attention`; a module becomes part of this one. For `new_state`, one
+            that makes other than head_dim features says how many as its attribute `num_features`.
         normalize, eps, causal: as there.
-        decay: [H_k], factors per token, or None.
+        decay: [H_k], factors per token, or None. In no checkpoint: it belongs to the construction.
         rotary: turns the features in the numerator by their positions, or None; of at most as many dimensions as there
             are features.
         bias: of the four projections.
@@ -64,6 +65,10 @@ class LinearAttention(nn.Module):
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads is {num_kv_heads}; expected a divisor of num_heads = {num_heads}")
+        if isinstance(feature_map, str) and feature_map not in FEATURE_MAPS:
+            raise ValueError(
+                f"feature_map is {feature_map!r}; expected a function, or one of {', '.join(FEATURE_MAPS)}"
+            )
         if rotary is not None and rotary.start != 0:
             raise ValueError(f"rotary starts at dimension {rotary.start}; expected 0")
         self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
@@ -96,6 +101,8 @@ class LinearAttention(nn.Module):
 
     def prefill(self, x: Tensor, *, key_padding_mask: Tensor | None = None) -> tuple[Tensor, DecodingState]:
         """As `forward`, and what to go on from with `step`. Padding takes up positions, so it belongs in front."""
+        if not self.causal:
+            raise ValueError("causal is False; expected a causal layer: a state has seen no later tokens")
         out, state = linear_attention(
             *self._project(x), **self._options(x, 0, x.shape[1]), key_padding_mask=key_padding_mask, return_state=True
         )

@@ -17,6 +17,7 @@ from ._problem import GauProblem
 from .presets import ACTIVATIONS, NORMALIZERS, PRESETS, SCALES, SOFTMAXES, Preset, resolve
 
 OP = "gau_attention"
+_TORCHS = "softmax is served by torch's scaled_dot_product_attention, and by no kernel of ours"
 
 
 def gau_attention(
@@ -66,10 +67,10 @@ def gau_attention(
 
     Args:
         causal: a query sees no key after it.
-        preset: the formula of an implementation: "su" (bert4keras), "gau_alpha", "flash" (FLASH-pytorch), "mega",
+        preset: the formula of an implementation: "su" or "bert4keras", "gau_alpha", "flash" (FLASH-pytorch), "mega",
             "rtmpose" or "hstu". It stands for the four arguments below where they are None.
         activation: f: "relu2", "relu", "silu", "sigmoid", "laplace" or "identity"; "softmax" and "softmax_plus" are
-            served by torch's scaled_dot_product_attention, with n_q × n_k masks.
+            served by torch's scaled_dot_product_attention, with n_q × n_k masks, no normalizer and no other backend.
         scale: a: a number, "dim" (1/√s), "length" (1/n_k), "valid" (1 / keys of the sequence that are no padding), or a
             tensor [B, n_q] ([total] packed).
         normalizer: 1/c: "visible" (keys that the query sees), "valid", "length", "length_squared", "sum" (of the row's
@@ -110,7 +111,12 @@ def gau_attention(
     }
     p, how = _checked(q, k, v, gate, **options)
     wanted = dispatch.requested(backend)
-    o = _by_softmax(p, how) if how.activation in SOFTMAXES else attend(p, wanted)
+    if how.activation in SOFTMAXES:
+        if wanted != dispatch.AUTO:
+            raise dispatch.UnsupportedError(f"{OP}: backend {wanted!r} cannot serve this call\n  {wanted}: {_TORCHS}")
+        o = _by_softmax(p, how)
+    else:
+        o = attend(p, wanted)
     return o if cu_seqlens is None else o[0]
 
 
@@ -121,7 +127,10 @@ def problem(*args, **kwargs) -> GauProblem:
 
 def survey(*args, **kwargs) -> list[tuple[str, str | None]]:
     """For `kx_kernels.explain`: each backend, and why it cannot serve this call or None."""
-    return dispatch.survey(backends(), problem(*args, **kwargs))
+    p, how = _checked(**bound(gau_attention, args, kwargs, without=("backend",)))
+    if how.activation in SOFTMAXES:
+        return [*((b.name, _TORCHS) for b in backends()), ("torch", None)]
+    return dispatch.survey(backends(), p)
 
 
 def _checked(
@@ -211,6 +220,8 @@ def _checked(
         reject(OP, "rope_offset", rope_offset, "0, as rope is None")
 
     by_softmax = how.activation in SOFTMAXES
+    if by_softmax and normalizer is not None and how.normalizer != "none":
+        reject(OP, "normalizer", normalizer, f"None, as {how.activation} normalises itself")
     counts = _Counts(q, k, causal, query_mask, key_mask, cu_seqlens, cu_seqlens_k, wide)
     a, a_rows = counts.factor(how.scale, inverse=True)
     b, b_rows = counts.factor(how.bias_scale, inverse=True)

@@ -338,7 +338,8 @@ def _checked(
             if not isinstance(made, Tensor) or made.shape[:-1] != x.shape[:-1] or made.shape[-1] == 0:
                 what = describe(made) if isinstance(made, Tensor) else f"a {type(made).__name__}"
                 given = Description(f"a function that makes {what} of {name}")
-                reject(OP, "feature_map", given, f"a tensor of shape {[*x.shape[:-1], 'D_f']}, D_f above 0")
+                lead = ", ".join(map(str, x.shape[:-1]))
+                reject(OP, "feature_map", given, f"a tensor of shape [{lead}, D_f], D_f above 0")
             features.append(made)
         q, k = features
         if q.shape[-1] != k.shape[-1]:

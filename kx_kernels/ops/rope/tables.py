@@ -21,7 +21,7 @@ def rope_tables(
     """cos and sin of position · inv_freq, each [num_positions, rotary_dim / 2], for `rope`.
 
     The phase is computed in float64 and each entry is rounded once to `dtype`: a float32 phase is already wrong by
-    3.6e-2 at position 2^20, a float64 phase by less than a float32 rounding at any position that fits in memory.
+    6.2e-2 up to position 2^20, a float64 phase by less than a float32 rounding at any position that fits in memory.
 
     Args:
         num_positions: P, the number of positions, counted from `start`.
