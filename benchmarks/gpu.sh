@@ -31,7 +31,7 @@ step machine 30 "$python" -m kx_kernels
 step contract 200 "$python" -m pytest tests -q --maxfail=20 --ignore tests/test_csrc.py --ignore tests/test_codegen.py \
   -k "gpu or cuda-cuda or triton-cuda"
 for tool in memcheck racecheck initcheck; do
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-regex 'kns=rope|linear_attention|step' \
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-regex kns=kx \
     "$python" -m pytest tests/test_contract.py -q -p no:cacheprovider \
     -k "within_budget and cuda-cuda and (bfloat16 or float64) and (R6 or D128 or packed or cu_seqlens)"
 done
