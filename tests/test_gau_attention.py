@@ -187,6 +187,24 @@ def test_packed_sequences_are_sequences(lane: Any, how: dict[str, Any]) -> None:
             assert_close_in_float32(packed[first:last], alone)
 
 
+def test_nan_stays_in_its_packed_sequence(lane: Any) -> None:
+    """Outputs, gradients and second derivatives of the others are the same bits."""
+    ends = torch.tensor([0, 6, 13, 20], dtype=torch.int32, device=lane.device)
+    results = []
+    for fill in (1.0, torch.nan):
+        leaves = [x[0] for x in inputs(lane, batch=1)]
+        for x in leaves:
+            x[6:13] = fill
+            x.requires_grad_()
+        out = attend(*leaves, cu_seqlens=ends, backend=lane.backend)
+        grads = torch.autograd.grad(out, leaves, torch.ones_like(out), create_graph=True)
+        second = torch.autograd.grad(grads[0], leaves, torch.ones_like(grads[0]), materialize_grads=True)
+        results.append([torch.cat((x[:6], x[13:])) for x in (out, *grads, *second)])
+    for clean, beside in zip(*results, strict=True):
+        assert clean.isfinite().all()
+        assert same_bits(clean.detach(), beside.detach())
+
+
 def test_no_gate_is_a_gate_of_ones(lane: Any, how: dict[str, Any]) -> None:
     q, k, v, gate = inputs(lane)
     assert same_bits(attend(q, k, v, **how), attend(q, k, v, torch.ones_like(gate), **how))

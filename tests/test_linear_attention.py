@@ -184,11 +184,26 @@ def test_packed_sequences_are_sequences(lane: Any, how: dict[str, Any]) -> None:
     out, state = attend(q[0], k[0], v[0], **how, cu_seqlens=ends.int().to(lane.device), return_state=True)
     for n, (begin, end) in enumerate(zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)):
         alone, its_state = attend(q[:, begin:end], k[:, begin:end], v[:, begin:end], **how, return_state=True)
-        if lane.backend == "reference":  # whose products add the zeros of other sequences
-            torch.testing.assert_close(out[begin:end], alone[0])
-            continue
         assert same_bits(out[begin:end], alone[0])
         assert same_bits(state.kv[n], its_state.kv[0])
+
+
+def test_nan_stays_in_its_packed_sequence(lane: Any, how: dict[str, Any]) -> None:
+    """Outputs, gradients and second derivatives of the others are the same bits."""
+    ends = torch.tensor([0, 30, 75, 100], dtype=torch.int32, device=lane.device)
+    results = []
+    for fill in (1.0, torch.nan):
+        q, k, v = (x[0] for x in inputs(lane, 1, 100, 2, 16))
+        for x in (q, k, v):
+            x[30:75] = fill
+            x.requires_grad_()
+        out = attend(q, k, v, **how, cu_seqlens=ends)
+        grads = torch.autograd.grad(out, (q, k, v), torch.ones_like(out), create_graph=True)
+        second = torch.autograd.grad(grads[0], (q, k, v), torch.ones_like(out), materialize_grads=True)
+        results.append([torch.cat((x[:30], x[75:])) for x in (out, *grads, *second)])
+    for clean, beside in zip(*results, strict=True):
+        assert clean.isfinite().all()
+        assert same_bits(clean.detach(), beside.detach())
 
 
 def test_no_decay_is_a_decay_of_one(lane: Any) -> None:
@@ -355,6 +370,12 @@ def test_a_long_decode_keeps_its_sums(lane: Any, dtype: torch.dtype) -> None:
     results = zip((torch.cat(outs, 1), *state), (exact[0], *exact[1]), eager, strict=True)
     for i, (actual, right, one_by_one) in enumerate(results):
         assert_within_budget(actual, right, one_by_one.to(actual.dtype), f"result {i}")
+
+
+def test_a_step_is_explained(lane: Any) -> None:
+    q, k, v = inputs(lane, 1, 1, 2, 16)
+    _, state = attend(q, k, v, return_state=True)
+    assert "serves this call" in kx.explain(kx.linear_attention_step, q, k, v, state)
 
 
 def test_a_step_compiles(lane: Any) -> None:

@@ -25,14 +25,16 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> str:
     """A table of the backends of `op`: which one serves the call op(*args, **kwargs), and why the others do not.
 
     Args:
-        op: an operator with backends (`rope`, `linear_attention`, `gau_attention`), or its name.
+        op: an operator with backends (`rope`, `linear_attention`, `linear_attention_step`, `gau_attention`), or its
+            name.
         args, kwargs: what it would be called with. Nothing is computed.
 
     Raises what the call itself would raise for wrong arguments.
     """
     name = op if isinstance(op, str) else op.__name__
     try:
-        api = importlib.import_module(f"kx_kernels.ops.{name}.api")
-    except ModuleNotFoundError:
+        api = importlib.import_module(f"kx_kernels.ops.{name.removesuffix('_step')}.api")
+        survey = api.survey_step if name.endswith("_step") else api.survey
+    except (ModuleNotFoundError, AttributeError):
         raise ValueError(f"explain: argument 'op' is {name!r}; expected an operator, such as kx.rope") from None
-    return table(api.survey(*args, **kwargs), requested(kwargs.get("backend")))
+    return table(survey(*args, **kwargs), requested(kwargs.get("backend")))

@@ -45,6 +45,8 @@ class FavorFeatures(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., M]: the logarithms of the features."""
+        if x.shape[-1] != self.head_dim:
+            raise ValueError(f"x has shape {list(x.shape)}; expected head_dim = {self.head_dim} in the last dimension")
         y = x * self.head_dim**-0.25
         half_log = torch.tensor(float(self.num_features)).log().item() / 2
         return y @ self.projection.to(y.dtype).T - y.square().sum(-1, keepdim=True) / 2 - half_log

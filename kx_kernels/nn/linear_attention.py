@@ -71,7 +71,12 @@ class LinearAttention(nn.Module):
             )
         if rotary is not None and rotary.start != 0:
             raise ValueError(f"rotary starts at dimension {rotary.start}; expected 0")
+        if decay is not None and not isinstance(decay, Tensor):
+            raise TypeError(f"decay is {decay!r}; expected a tensor of shape [{self.num_kv_heads}]")
         self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
+        features = getattr(feature_map, "num_features", self.head_dim)
+        if rotary is not None and rotary.rotary_dim > features:
+            raise ValueError(f"rotary turns {rotary.rotary_dim} dimensions; expected at most {features}, the features")
         self.value_dim = self.head_dim if value_dim is None else value_dim
         self.feature_map = feature_map
         self.normalize = normalize

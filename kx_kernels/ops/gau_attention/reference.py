@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import math
 from typing import Any
 
@@ -53,27 +54,7 @@ def gau_attention(
     cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
     """Gated attention by its n_q × n_k scores; `kx_kernels.gau_attention` documents the arguments."""
-    return _attend(
-        q,
-        k,
-        v,
-        gate,
-        causal,
-        preset,
-        activation,
-        scale,
-        normalizer,
-        bias,
-        bias_scale,
-        rope,
-        rope_offset,
-        rope_interleaved,
-        key_padding_mask,
-        query_padding_mask,
-        cu_seqlens,
-        cu_seqlens_k,
-        None,
-    )
+    return _attend(held=None, **locals())
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None = None, **options: Any) -> Tensor:
@@ -104,50 +85,36 @@ def _attend(
     cu_seqlens_k: Tensor | None,
     held: torch.dtype | None,
 ) -> Tensor:
+    call = dict(locals())
     kind = q.device.type
     with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext():
+        if cu_seqlens is not None:
+            return _packed(cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, call)
         f, a, b, c = resolve(preset, activation, scale, bias_scale, normalizer)
-        dtype, packed = q.dtype, cu_seqlens is not None
+        dtype = q.dtype
         exact = torch.float64 if dtype == torch.float64 else torch.float32
-        if packed:  # a batch of one
-            q, k, v = q[None], k[None], v[None]
-            gate = None if gate is None else gate[None]
         batch, n_q, heads, dim = q.shape
         n_k, group = k.shape[1], heads // k.shape[2]
 
-        # Which sequence a row is of, where it stands in it, and how many keys that has.
-        row, column = torch.arange(n_q, device=q.device), torch.arange(n_k, device=q.device)
-        ends_q = row.new_tensor([0, n_q]) if cu_seqlens is None else cu_seqlens.long()
-        ends_k = row.new_tensor([0, n_k]) if cu_seqlens is None else cu_seqlens.long()
-        if cu_seqlens_k is not None:
-            ends_k = cu_seqlens_k.long()
-        member_q = (row >= ends_q[:-1, None]) & (row < ends_q[1:, None])  # [N, n_q]
-        member_k = (column >= ends_k[:-1, None]) & (column < ends_k[1:, None])  # [N, n_k]
-        together = (member_q[:, :, None] & member_k[:, None, :]).any(0)  # [n_q, n_k]
-        aligned = ends_k.diff() - ends_q.diff()  # queries stand with the last keys
-        place_q = (member_q * (row - ends_q[:-1, None] + aligned[:, None])).sum(0)
-        place_k = (member_k * (column - ends_k[:-1, None])).sum(0)
-        apart = place_k[None, :] - place_q[:, None]
-
-        keep_k = member_k.any(0).expand(batch, n_k)
-        keep_q = member_q.any(0).expand(batch, n_q)
+        place_k = torch.arange(n_k, device=q.device)
+        place_q = torch.arange(n_k - n_q, n_k, device=q.device)  # queries stand with the last keys
+        apart = place_k[None, :] - place_q[:, None]  # [n_q, n_k]
+        keep_k = torch.ones(batch, n_k, dtype=torch.bool, device=q.device)
+        keep_q = torch.ones(batch, n_q, dtype=torch.bool, device=q.device)
         if key_padding_mask is not None:
-            keep_k = keep_k & key_padding_mask.reshape(batch, n_k)
+            keep_k = key_padding_mask.reshape(batch, n_k)
             if query_padding_mask is None and n_q == n_k:
                 query_padding_mask = key_padding_mask
         if query_padding_mask is not None:
-            keep_q = keep_q & query_padding_mask.reshape(batch, n_q)
-        visible = together & keep_q[:, :, None] & keep_k[:, None, :]  # [B, n_q, n_k]
+            keep_q = query_padding_mask.reshape(batch, n_q)
+        visible = keep_q[:, :, None] & keep_k[:, None, :]  # [B, n_q, n_k]
         if causal:
             visible = visible & (apart <= 0)
 
-        def by_row(of_sequences: Tensor) -> Tensor:  # [B or 1, N] -> [B or 1, n_q]
-            return of_sequences.to(exact) @ member_q.to(exact)
-
-        counts = {
+        counts = {  # [B, n_q]
             "visible": visible.sum(2).to(exact),
-            "valid": by_row((keep_k[:, None, :] & member_k).sum(2)),
-            "length": by_row(ends_k.diff()[None]),
+            "valid": keep_k.sum(1, keepdim=True).expand(batch, n_q).to(exact),
+            "length": torch.full((batch, n_q), n_k, dtype=exact, device=q.device),
         }
 
         def factor(x: float | str | Tensor) -> Tensor | float:
@@ -163,8 +130,8 @@ def _attend(
         if rope is not None:
             cos, sin = (table.to(exact) for table in rope)
             queries, keys = (
-                _rotate(x, cos, sin, place, _by_row(rope_offset, member, packed), rope_interleaved)
-                for x, place, member in ((queries, place_q, member_q), (keys, place_k, member_k))
+                _rotate(x, cos, sin, place, rope_offset, rope_interleaved)
+                for x, place in ((queries, place_q), (keys, place_k))
             )
             queries, keys = queries.to(dtype).to(exact), keys.to(dtype).to(exact)  # a call of its own, as kx.rope
         keys, values = keys.repeat_interleave(group, 2), values.repeat_interleave(group, 2)
@@ -172,8 +139,7 @@ def _attend(
         x = factor(a) * torch.einsum("bihd,bjhd->bhij", queries, keys)
         if bias is not None:
             middle = bias.shape[-1] // 2
-            at = torch.where(together, apart, 0) + middle
-            x = x + factor(b) * bias.to(exact).reshape(-1, bias.shape[-1])[:, at]
+            x = x + factor(b) * bias.to(exact).reshape(-1, bias.shape[-1])[:, apart + middle]
         seen = visible[:, None]  # [B, 1, n_q, n_k]
         if f in SOFTMAXES:
             if f == "softmax_plus":
@@ -201,24 +167,39 @@ def _attend(
             o = HeldGradient.apply(o, held)
         if gate is not None:
             o = o * torch.where(keep_q[..., None, None], gate.to(exact), 0)
-        o = torch.where(keep_q[..., None, None], o, 0).to(dtype)
-        return o[0] if packed else o
+        return torch.where(keep_q[..., None, None], o, 0).to(dtype)
+
+
+def _packed(ends_q: Tensor, ends_k: Tensor, call: dict[str, Any]) -> Tensor:
+    """Every sequence alone; rows of none give 0."""
+    q, k, v, gate, offset = (call[name] for name in ("q", "k", "v", "gate", "rope_offset"))
+    (total, heads, _), d_v, last = q.shape, v.shape[-1], int(ends_q[-1])
+    key_mask, query_mask = call["key_padding_mask"], call["query_padding_mask"]
+    if query_mask is None:
+        shared = key_mask is not None and q.shape[0] == k.shape[0]
+        query_mask = key_mask if shared else torch.ones(total, dtype=torch.bool, device=q.device)
+    outs = [v.new_zeros(int(ends_q[0]), heads, d_v) + q[:0].sum()]  # a function of q, sequences or none
+    bounds = zip(itertools.pairwise(ends_q.tolist()), itertools.pairwise(ends_k.tolist()), strict=True)
+    for n, (of_q, of_k) in enumerate(bounds):
+        rows, columns = slice(*of_q), slice(*of_k)
+        own = {"q": q[None, rows], "k": k[None, columns], "v": v[None, columns], "cu_seqlens": None}
+        own["gate"] = None if gate is None else gate[None, rows]
+        own["rope_offset"] = offset[n : n + 1] if isinstance(offset, Tensor) else offset
+        own["key_padding_mask"] = None if key_mask is None else key_mask.reshape(1, -1)[:, columns]
+        own["query_padding_mask"] = query_mask.reshape(1, -1)[:, rows]
+        for name in ("scale", "normalizer", "bias_scale"):  # by row where a tensor
+            own[name] = call[name].reshape(1, -1)[:, rows] if isinstance(call[name], Tensor) else call[name]
+        outs.append(_attend(**call | own | {"cu_seqlens_k": None})[0])
+    return torch.cat([*outs, v.new_zeros(total - last, heads, d_v)])
 
 
 def _inverse(x: Tensor) -> Tensor:
     return torch.where(x != 0, 1 / torch.where(x != 0, x, 1), 0)
 
 
-def _by_row(offset: int | Tensor, member: Tensor, packed: bool) -> int | Tensor:
-    """An offset by sequence as one by row, [B or 1, n or 1]."""
-    if not isinstance(offset, Tensor):
-        return offset
-    return (offset.long()[:, None] * member).sum(0, keepdim=True) if packed else offset.long()[:, None]
-
-
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, place: Tensor, offset: int | Tensor, interleaved: bool) -> Tensor:
     """Rows [B, n, H, s] turned by the angles of their places in their sequences, from an offset on."""
-    positions = (place + offset).expand(x.shape[:2])
+    positions = (place + (offset.long()[:, None] if isinstance(offset, Tensor) else offset)).expand(x.shape[:2])
     rotated = rotate(x, None, cos, sin, positions=positions, interleaved=interleaved)
     assert isinstance(rotated, Tensor)
     return rotated

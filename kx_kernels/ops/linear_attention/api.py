@@ -113,7 +113,8 @@ def linear_attention(
 
     Padding has no features and no values: whatever its memory holds changes nothing, its outputs are 0 and the
     gradients of its outputs are not looked at. Its place counts for `decay` and positions. Packed rows that belong to
-    no sequence are padding too.
+    no sequence are padding too. A NaN or infinity in a token stays in its sequence and head, but may reach
+    tokens before it, whose weights of it are 0 by a product: those of its chunk, in the reference all.
 
     Args:
         causal: False lets each query attend to all keys of its sequence.
@@ -271,6 +272,11 @@ def problem(*args, **kwargs) -> LinearAttentionProblem:
 def survey(*args, **kwargs) -> list[tuple[str, str | None]]:
     """For `kx_kernels.explain`: each backend, and why it cannot serve this call or None."""
     return dispatch.survey(backends(), problem(*args, **kwargs))
+
+
+def survey_step(*args, **kwargs) -> list[tuple[str, str | None]]:
+    """The same for `linear_attention_step`."""
+    return dispatch.survey(backends(), step_problem(*args, **kwargs))
 
 
 def _checked(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -51,26 +52,7 @@ def linear_attention(
     return_state: bool = False,
 ) -> Tensor | tuple[Tensor, LinearAttentionState]:
     """Linear attention by its T × T weights; `kx_kernels.linear_attention` documents the arguments."""
-    return _attend(
-        q,
-        k,
-        v,
-        causal,
-        feature_map,
-        stabilizer,
-        normalize,
-        eps,
-        scale,
-        decay,
-        rope,
-        rope_offset,
-        rope_interleaved,
-        key_padding_mask,
-        cu_seqlens,
-        initial_state,
-        return_state,
-        None,
-    )
+    return _attend(held=None, **locals())
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor | tuple[Tensor, LinearAttentionState]:
@@ -100,34 +82,22 @@ def _attend(
     return_state: bool,
     held: torch.dtype | None,
 ) -> Tensor | tuple[Tensor, LinearAttentionState]:
+    call = dict(locals())
     kind = q.device.type
     with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext():
         if callable(feature_map):
-            mapped = feature_map
-            q, k = (without_padding(x, key_padding_mask, cu_seqlens) for x in (q, k))
-            q, k, feature_map = mapped(q).to(v.dtype), mapped(k).to(v.dtype), getattr(mapped, "kernel_map", "identity")
-        dtype, packed = q.dtype, cu_seqlens is not None
+            q, k = (feature_map(without_padding(x, key_padding_mask, cu_seqlens)).to(v.dtype) for x in (q, k))
+            return _attend(**call | {"q": q, "k": k, "feature_map": getattr(feature_map, "kernel_map", "identity")})
+        if cu_seqlens is not None:
+            return _packed(cu_seqlens, call)
+        dtype = q.dtype
         exact = torch.float64 if dtype == torch.float64 else torch.float32
-        if packed:  # a batch of one
-            q, k, v = q[None], k[None], v[None]
         batch, length, heads = q.shape[:3]
         group = heads // k.shape[2]
-        row = torch.arange(length, device=q.device)
-        if cu_seqlens is None:
-            starts = row.new_zeros(1)
-            sizes = torch.full_like(starts, length)
-        else:
-            starts = cu_seqlens[:-1].long()
-            sizes = cu_seqlens[1:].long() - starts
-        # member[n, t]: token t belongs to sequence n; one sequence where nothing is packed.
-        member = (row >= starts[:, None]) & (row < (starts + sizes)[:, None])  # [N, T]
-        place = (member * (row - starts[:, None])).sum(0)  # [T], in its sequence
-        left = (member * ((starts + sizes)[:, None] - 1 - row)).sum(0)  # tokens that follow
-        together = (member[:, :, None] & member[:, None, :]).any(0)  # [T, T]
-
-        keep = member.any(0).expand(batch, length)
+        place = torch.arange(length, device=q.device)
+        keep = torch.ones(batch, length, dtype=torch.bool, device=q.device)
         if key_padding_mask is not None:
-            keep = keep & key_padding_mask.reshape(batch, length)
+            keep = key_padding_mask.reshape(batch, length)
         keep = keep[..., None, None]
         a = torch.where(keep, q.to(exact), 0)
         if feature_map == "exp" and normalize:
@@ -141,17 +111,12 @@ def _attend(
         ra, rb = a, b
         if rope is not None:
             cos, sin = (table.to(exact) for table in rope)
-            where: Any = {"offset": rope_offset, "interleaved": rope_interleaved}
-            if packed:
-                ra, rb = rotate(a[0], b[0], cos, sin, cu_seqlens=cu_seqlens, **where)
-                ra, rb = ra[None], rb[None]
-            else:
-                ra, rb = rotate(a, b, cos, sin, **where)
+            ra, rb = rotate(a, b, cos, sin, offset=rope_offset, interleaved=rope_interleaved)
             ra, rb = torch.where(keep, ra, 0), torch.where(keep, rb, 0)  # whatever the tables say of padding
         b, rb, values = (x.repeat_interleave(group, 2) for x in (b, rb, values))
 
         apart = place[:, None] - place[None, :]
-        visible = together & (apart >= 0) if causal else together
+        visible = apart >= 0 if causal else torch.ones_like(apart, dtype=torch.bool)
         weight = visible.to(exact).expand(heads, length, length)
         gamma = None
         if decay is not None:
@@ -163,19 +128,17 @@ def _attend(
         numerator = torch.einsum("bhij,bjhe->bihe", scores, values)
         denominator = torch.einsum("bihd,bjhd,hij->bih", a, b, weight) if normalize else None
 
-        members = member.to(exact)
         kept = (
             torch.ones_like(place, dtype=exact) if gamma is None else gamma ** (place + 1)
         )  # [H, T], of an earlier state
         kv0, z0 = (None, None) if initial_state is None else initial_state
         if kv0 is not None:
-            lead = (lambda s: s[None]) if packed else (lambda s: s[:, None])
-            before = lead(kv0.to(exact).repeat_interleave(group, 1))  # [B, N, H, D_k, D_v]
+            before = kv0.to(exact).repeat_interleave(group, 1)  # [B, H, D_k, D_v]
             kept_rows = kept.expand(heads, length)
-            numerator = numerator + torch.einsum("bihd,ni,hi,bnhde->bihe", ra, members, kept_rows, before)
+            numerator = numerator + torch.einsum("bihd,hi,bhde->bihe", ra, kept_rows, before)
             if denominator is not None and z0 is not None:
-                before = lead(z0.to(exact).repeat_interleave(group, 1))
-                denominator = denominator + torch.einsum("bihd,ni,hi,bnhd->bih", a, members, kept_rows, before)
+                before = z0.to(exact).repeat_interleave(group, 1)
+                denominator = denominator + torch.einsum("bihd,hi,bhd->bih", a, kept_rows, before)
         if held is not None:
             numerator = HeldGradient.apply(numerator, held)
             denominator = None if denominator is None else HeldGradient.apply(denominator, held)
@@ -185,20 +148,43 @@ def _attend(
             denominator = (denominator + eps)[..., None]
             out = torch.where(denominator != 0, numerator / torch.where(denominator != 0, denominator, 1), 0)
         out = torch.where(keep, out, 0).to(dtype)
-        if packed:
-            out = out[0]
         if not return_state:
             return out
 
         first = slice(None, None, group)  # a state belongs to a head of k
+        left = length - 1 - place  # tokens that follow
         still = torch.ones(1, length, dtype=exact, device=q.device) if gamma is None else gamma[first] ** left
         still = still.expand(heads // group, length)
-        kv = torch.einsum("nj,hj,bjhd,bjhe->bnhde", members, still, rb[:, :, first], values[:, :, first])
-        z = torch.einsum("nj,hj,bjhd->bnhd", members, still, b[:, :, first]) if normalize else None
-        drop = 0 if packed else 1
-        kv, z = kv.squeeze(drop), None if z is None else z.squeeze(drop)
+        kv = torch.einsum("hj,bjhd,bjhe->bhde", still, rb[:, :, first], values[:, :, first])
+        z = torch.einsum("hj,bjhd->bhd", still, b[:, :, first]) if normalize else None
         if kv0 is not None:
-            faded = kv.new_ones(1, 1) if gamma is None else gamma[first, 0] ** sizes[:, None]  # [N, H_k]
-            kv = kv + faded[..., None, None] * kv0.to(exact)
-            z = z + faded[..., None] * z0.to(exact) if z is not None and z0 is not None else z
+            faded = kv.new_ones(1) if gamma is None else gamma[first, 0] ** length  # [H_k]
+            kv = kv + faded[:, None, None] * kv0.to(exact)
+            z = z + faded[:, None] * z0.to(exact) if z is not None and z0 is not None else z
         return out, LinearAttentionState(kv, z)
+
+
+def _packed(cu_seqlens: Tensor, call: dict[str, Any]) -> Tensor | tuple[Tensor, LinearAttentionState]:
+    """Every sequence alone; rows of none give 0."""
+    q, k, v, mask, offset, state = (
+        call[name] for name in ("q", "k", "v", "key_padding_mask", "rope_offset", "initial_state")
+    )
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    (total, heads, d_k), (_, heads_k, d_v) = q.shape, v.shape
+    ends = cu_seqlens.tolist()
+    outs = [v.new_zeros(ends[0], heads, d_v) + q[:0].sum()]  # a function of q, sequences or none
+    kv, z = [q.new_zeros(0, heads_k, d_k, d_v, dtype=exact)], [q.new_zeros(0, heads_k, d_k, dtype=exact)]
+    for n, (start, end) in enumerate(itertools.pairwise(ends)):
+        rows, one = slice(start, end), slice(n, n + 1)
+        own = {"q": q[None, rows], "k": k[None, rows], "v": v[None, rows], "cu_seqlens": None, "return_state": True}
+        own["key_padding_mask"] = None if mask is None else mask.reshape(1, total)[:, rows]
+        own["rope_offset"] = offset[one] if isinstance(offset, Tensor) else offset
+        own["initial_state"] = None if state is None else tuple(None if s is None else s[one] for s in state)
+        o, after = _attend(**call | own)
+        outs.append(o[0])
+        kv.append(after.kv)
+        z.append(after.z)
+    o = torch.cat([*outs, v.new_zeros(total - ends[-1], heads, d_v)])
+    if not call["return_state"]:
+        return o
+    return o, LinearAttentionState(torch.cat(kv), torch.cat(z) if call["normalize"] else None)
