@@ -65,6 +65,11 @@ PYBIND11_MODULE(KX_MODULE_NAME, m) {
   m.def("rope_cuda", &kx::rope::cuda);
   m.def("linear_attention_cuda", &kx::linear_attention::cuda);
   m.def("linear_attention_cuda_fits", &kx::linear_attention::cuda_fits);
+  m.def("gau_attention_cuda", &kx::gau_attention::cuda);
+  m.def("gau_attention_cuda_backward", &kx::gau_attention::cuda_backward);
+  m.def("gau_attention_cuda_fits", &kx::gau_attention::cuda_fits);
+  m.def("gau_attention_cuda_tiles", &kx::gau_attention::cuda_tiles);
+  m.attr("gau_attention_cuda_tile") = kx::gau_attention::kCudaTile;
   m.def("linear_attention_cuda_step", &kx::linear_attention::cuda_step);
 #ifdef KX_EMULATION
   m.def("set_seed", &kx::emulation::set_seed);

@@ -65,6 +65,14 @@ __device__ inline float as_float(uint32_t bits) {
 #endif
 }
 
+__device__ inline uint32_t to_bits(float x) {
+#ifdef KX_EMULATION
+  return bits_of(x);
+#else
+  return __float_as_uint(x);
+#endif
+}
+
 // float32 rounded to the 10 bits of fraction that tensor cores use, ties away from zero.
 __device__ inline uint32_t to_tf32(float x) {
 #ifdef KX_EMULATION

@@ -49,36 +49,47 @@ __device__ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], c
 #endif
 }
 
-// d += a · b of float32, its layout that of mma_m16n8k8_tf32: each factor rounded to TF32, or with kSplit as the sum of
-// two such numbers, the small products first. Split products are added to d by ordinary additions:
-// tensor cores cut off what they add.
+// x as a sum of 8, 11 and 5 bits.
+__device__ inline void split_tf32(float x, uint32_t& high, uint32_t& middle, uint32_t& low) {
+  high = to_bits(x) & 0xffff0000u;
+  const float rest = x - as_float(high);
+  middle = to_bits(rest) & 0xffffe000u;
+  low = to_bits(rest - as_float(middle));
+}
+
+// d += a · b of float32, its layout that of mma_m16n8k8_tf32: each factor rounded to TF32, or with kSplit as a sum of
+// three such numbers, the first of 8 bits. Tensor cores cut off what they add; the products of the first parts have 16
+// bits of the 24 that are kept, so that little is lost of them, and the others are small. Their sums are added to d by
+// ordinary additions.
 template <bool kSplit>
 __device__ inline void multiply_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2] KX_CALLER) {
-  uint32_t a_high[4], b_high[2];
-  for (int i = 0; i < 4; ++i) {
-    a_high[i] = to_tf32(a[i]);
-  }
-  for (int i = 0; i < 2; ++i) {
-    b_high[i] = to_tf32(b[i]);
-  }
   if constexpr (kSplit) {
-    uint32_t a_low[4], b_low[2];
+    uint32_t a_high[4], a_middle[4], a_low[4], b_high[2], b_middle[2], b_low[2];
     for (int i = 0; i < 4; ++i) {
-      a_low[i] = to_tf32(a[i] - as_float(a_high[i]));
+      split_tf32(a[i], a_high[i], a_middle[i], a_low[i]);
     }
     for (int i = 0; i < 2; ++i) {
-      b_low[i] = to_tf32(b[i] - as_float(b_high[i]));
+      split_tf32(b[i], b_high[i], b_middle[i], b_low[i]);
     }
-    float sum[4] = {};
-    mma_m16n8k8_tf32(sum, a_low, b_low KX_FROM_CALLER);
-    mma_m16n8k8_tf32(sum, a_low, b_high KX_FROM_CALLER);
-    mma_m16n8k8_tf32(sum, a_high, b_low KX_FROM_CALLER);
-    mma_m16n8k8_tf32(sum, a_high, b_high KX_FROM_CALLER);
+    float small[4] = {}, large[4] = {};
+    mma_m16n8k8_tf32(small, a_low, b_high KX_FROM_CALLER);
+    mma_m16n8k8_tf32(small, a_high, b_low KX_FROM_CALLER);
+    mma_m16n8k8_tf32(small, a_middle, b_middle KX_FROM_CALLER);
+    mma_m16n8k8_tf32(small, a_middle, b_high KX_FROM_CALLER);
+    mma_m16n8k8_tf32(small, a_high, b_middle KX_FROM_CALLER);
+    mma_m16n8k8_tf32(large, a_high, b_high KX_FROM_CALLER);
     for (int i = 0; i < 4; ++i) {
-      d[i] += sum[i];
+      d[i] += large[i] + small[i];
     }
   } else {
-    mma_m16n8k8_tf32(d, a_high, b_high KX_FROM_CALLER);
+    uint32_t a_rounded[4], b_rounded[2];
+    for (int i = 0; i < 4; ++i) {
+      a_rounded[i] = to_tf32(a[i]);
+    }
+    for (int i = 0; i < 2; ++i) {
+      b_rounded[i] = to_tf32(b[i]);
+    }
+    mma_m16n8k8_tf32(d, a_rounded, b_rounded KX_FROM_CALLER);
   }
 }
 

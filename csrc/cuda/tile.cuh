@@ -1,8 +1,8 @@
 // Products of tiles in shared memory by the tensor cores: by one warp, d [16, 8·N] += a [16, k] · b [k, 8·N], with
 // mma.sync; or by four warps, of 64 rows of d, with wgmma.
 //
-// A tile's elements are an Operand: bfloat16, or float where the product is taken in TF32 or, each factor split in two,
-// in four TF32 products, which together have float32's precision. d is laid out as in mma.cuh: four warps have of
+// A tile's elements are an Operand: bfloat16, or float where the product is taken in TF32 or, each factor split in
+// three, in six TF32 products, which together have float32's precision. d is laid out as in mma.cuh: four warps have of
 // wgmma's d what each has of its own.
 #pragma once
 
@@ -112,7 +112,7 @@ __device__ inline void multiply(float (&d)[N][4], A& a, int a_row, B& b, int b_r
     }
   } else {
     const int g = lane / 4, t = lane % 4;
-#pragma unroll 2
+#pragma unroll(N > 8 ? 1 : 2)
     for (int k = 0; k < depth; k += 8) {
       float x[4];
 #pragma unroll

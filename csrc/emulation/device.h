@@ -66,6 +66,7 @@ T reduce(uint32_t mask, T value, Combine combine, Location here) {
 
 }  // namespace kx::emulation
 
+inline int __ffs(int x) { return __builtin_ffs(x); }
 [[noreturn]] inline void __trap() { kx::emulation::fail("the kernel stopped itself"); }
 inline void __syncthreads(kx::emulation::Location here = {}) { kx::emulation::sync_block(0, 0, true, here); }
 inline void __syncwarp(uint32_t mask = 0xffffffffu, kx::emulation::Location here = {}) {

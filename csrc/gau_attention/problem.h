@@ -47,6 +47,24 @@ void cpu(const Tensors& in, const Tensors& out, const Options& options, int num_
 // `in` as above and ungated, sums, grad_o. `out`: grad_q, grad_k, grad_v, grad_gate, grad_bias.
 void cpu_backward(const Tensors& in, const Tensors& out, const Options& options, int num_threads);
 
+// Rows, and keys, that a block has at once: sizes of the workspace are multiples of it.
+constexpr int kCudaTile = 128;
+
+// As cpu, in passes over as many rows as `scores` has room for. `keys`: those of the longest sequence. Workspaces are
+// of float32, for bfloat16 of bfloat16.
+void cuda(const Tensors& in, const Tensors& out, const Options& options, const Tensor& scores, int64_t keys, int device,
+          intptr_t stream);
+// As cpu_backward, in passes over `panel` keys of each sequence at a time. Workspaces: `scores` and `grads`
+// [B, n_q, heads, panel], g [B, n_q, heads, value_dim or more], and of float32 `shift` [B, n_q, heads], `grad_queries`
+// [B, n_q, heads, key_dim], for more than one panel, and `diagonals` [tiles of rows, heads, tiles of the panel, 256],
+// for a bias.
+void cuda_backward(const Tensors& in, const Tensors& out, const Options& options, const Tensors& workspaces,
+                   int64_t keys, int64_t panel, int device, intptr_t stream);
+// Tiles of rows that a call has, at most.
+int64_t cuda_tiles(int64_t batch, int64_t rows, int64_t sequences, bool packed);
+// Whether a block has shared memory enough for elements of a dtype.
+bool cuda_fits(int dtype, int device);
+
 Problem make_problem(const Tensors& in, const Tensors& out, const Options& options, bool backward);
 
 }  // namespace kx::gau_attention

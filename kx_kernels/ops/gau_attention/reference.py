@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..._core.padding import ends_of
 from ..._core.rounding import HeldGradient
 from ..rope.reference import rope as rotate
 from .presets import SOFTMAXES, resolve
@@ -173,14 +174,14 @@ def _attend(
 def _packed(ends_q: Tensor, ends_k: Tensor, call: dict[str, Any]) -> Tensor:
     """Every sequence alone; rows of none give 0."""
     q, k, v, gate, offset = (call[name] for name in ("q", "k", "v", "gate", "rope_offset"))
-    (total, heads, _), d_v, last = q.shape, v.shape[-1], int(ends_q[-1])
+    (total, heads, _), d_v = q.shape, v.shape[-1]
+    of_queries, of_keys = ends_of(ends_q, total), ends_of(ends_k, k.shape[0])
     key_mask, query_mask = call["key_padding_mask"], call["query_padding_mask"]
     if query_mask is None:
         shared = key_mask is not None and q.shape[0] == k.shape[0]
         query_mask = key_mask if shared else torch.ones(total, dtype=torch.bool, device=q.device)
-    outs = [v.new_zeros(int(ends_q[0]), heads, d_v) + q[:0].sum()]  # a function of q, sequences or none
-    bounds = zip(itertools.pairwise(ends_q.tolist()), itertools.pairwise(ends_k.tolist()), strict=True)
-    for n, (of_q, of_k) in enumerate(bounds):
+    outs = [v.new_zeros(of_queries[0], heads, d_v) + q[:0].sum()]  # a function of q, sequences or none
+    for n, (of_q, of_k) in enumerate(zip(itertools.pairwise(of_queries), itertools.pairwise(of_keys), strict=True)):
         rows, columns = slice(*of_q), slice(*of_k)
         own = {"q": q[None, rows], "k": k[None, columns], "v": v[None, columns], "cu_seqlens": None}
         own["gate"] = None if gate is None else gate[None, rows]
@@ -190,7 +191,7 @@ def _packed(ends_q: Tensor, ends_k: Tensor, call: dict[str, Any]) -> Tensor:
         for name in ("scale", "normalizer", "bias_scale"):  # by row where a tensor
             own[name] = call[name].reshape(1, -1)[:, rows] if isinstance(call[name], Tensor) else call[name]
         outs.append(_attend(**call | own | {"cu_seqlens_k": None})[0])
-    return torch.cat([*outs, v.new_zeros(total - last, heads, d_v)])
+    return torch.cat([*outs, v.new_zeros(total - of_queries[-1], heads, d_v)])
 
 
 def _inverse(x: Tensor) -> Tensor:

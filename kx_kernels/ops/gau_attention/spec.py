@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._core.spec import BadCall, Call, OpSpec
+from ..._core.spec import BadCall, Call, KernelPromise, OpSpec
 from ._problem import GauProblem
 from .api import gau_attention
 from .presets import ACTIVATIONS
+from .reference import eager
 from .reference import gau_attention as reference
 
 
@@ -280,10 +281,13 @@ SPEC = OpSpec(
     name="gau_attention",
     function=gau_attention,
     reference=reference,
-    backends=("cpu", "reference"),
+    backends=("cuda", "cpu", "reference"),
     dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
-    cannot={},
-    eager={},
+    cannot={
+        ("cuda", "cpu", torch.float64): "those of tensor cores",
+        ("cuda", "cuda", torch.float64): "those of tensor cores",
+    },
+    eager={"cuda": eager},  # tensor cores take operands of the tensors' dtype
     differentiable=("q", "k", "v", "gate", "bias"),
     cases=CASES,
     make=make,
@@ -296,6 +300,11 @@ SPEC = OpSpec(
     codegen=dict,
     metered=dict,
     passes=passes,
-    promises=(),
+    promises=(
+        KernelPromise("cuda", "prepare|bias"),
+        KernelPromise("cuda", "scores float32", tensor_core=True, async_copies=True, shared=76 << 10, may_spill=True),
+        KernelPromise("cuda", "256", tensor_core=True, async_copies=True, shared=150 << 10),
+        KernelPromise("cuda", tensor_core=True, async_copies=True, shared=100 << 10),
+    ),
     growth={"flops": {"queries": 2.0, "batch": 1.0}, "bytes": {"queries": 1.0, "batch": 1.0}},
 )
