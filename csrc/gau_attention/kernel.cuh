@@ -522,7 +522,9 @@ __device__ __forceinline__ void make_out(const Pass& pass, Shared<F>& shared, in
       });
   if (p.by_sum) {
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-    shared.sum[thread / 2] = sum;
+    if (thread % 2 == 0) {
+      shared.sum[thread / 2] = sum;
+    }
   }
   block.stage(d);
   const int columns = static_cast<int>(p.value_dim) - first_column;

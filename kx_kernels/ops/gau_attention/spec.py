@@ -302,8 +302,11 @@ SPEC = OpSpec(
     passes=passes,
     promises=(
         KernelPromise("cuda", "prepare|bias"),
-        KernelPromise("cuda", "scores float32", tensor_core=True, async_copies=True, shared=76 << 10, may_spill=True),
-        KernelPromise("cuda", "256", tensor_core=True, async_copies=True, shared=150 << 10),
+        KernelPromise(  # six registers
+            "cuda", "scores_kernel float32", tensor_core=True, async_copies=True, shared=76 << 10, may_spill=True
+        ),
+        KernelPromise("cuda", "scores_kernel float16", tensor_core=True, shared=76 << 10),  # converted on the way
+        KernelPromise("cuda", " 256 ", tensor_core=True, async_copies=True, shared=150 << 10),
         KernelPromise("cuda", tensor_core=True, async_copies=True, shared=100 << 10),
     ),
     growth={"flops": {"queries": 2.0, "batch": 1.0}, "bytes": {"queries": 1.0, "batch": 1.0}},
