@@ -50,6 +50,10 @@ class Case:
             return 2 * 4 * self.batch * self.heads * self.head_dim * (self.head_dim + 1)
         return TENSORS[self.what] * rows
 
+    @property
+    def work(self) -> int:
+        return self.bytes_moved
+
 
 BASE = Case("float32", torch.float32, 2, 4096, 12, 64)
 LONG = "bfloat16, D 128, one sequence of 65536"
@@ -239,6 +243,7 @@ CONTENDERS = [
 ]
 OURS = ("kx cuda", "kx triton")  # on a GPU
 LIMIT = "dst.copy_(src)"
+UNIT = "B"  # of a case's work
 HOST_GRADIENTS = False  # a step has none
 PACKAGES = ("flash-linear-attention", "pytorch-fast-transformers", "performer-pytorch")
 
@@ -272,7 +277,7 @@ def calls(
     return contest.calls(sets, contenders, error)
 
 
-def copy(sets: list[Inputs]) -> Callable[[int], object]:
+def limit(sets: list[Inputs]) -> Callable[[int], object]:
     """The limit: as many bytes, half of them read and half written."""
 
     def call(turn: int) -> None:

@@ -58,9 +58,9 @@ def _measured(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if row["seconds"] is not None]
 
 
-def speed_plot(rows: list[dict[str, Any]]) -> str:
-    """Bars: the fraction of the copy's bandwidth, one group per case."""
-    rows = [r for r in _measured(rows) if r["contender"] != "dst.copy_(src)"]
+def speed_plot(results: dict[str, Any]) -> str:
+    """Bars: the fraction of the limit's rate, one group per case."""
+    rows = [r for r in _measured(results["timings"]) if r["contender"] != results["limit"]]
     cases = list(dict.fromkeys(r["case"] for r in rows))
     figure = _figure(barmode="group", height=160 + 120 * len(cases), bargap=0.25)
     for name, colour in _colours(rows).items():
@@ -80,17 +80,19 @@ def speed_plot(rows: list[dict[str, Any]]) -> str:
                 "thickness": 1,
             },
             marker_color=colour,
-            customdata=[[r["seconds"]["median"] * 1e3, r["bytes_per_second"] / 1e9] for r in mine],
-            hovertemplate="%{x:.3f} of the copy<br>%{customdata[0]:.4g} ms<br>%{customdata[1]:.1f} GB/s",
+            customdata=[[r["seconds"]["median"] * 1e3, r["rate"] / 1e9] for r in mine],
+            hovertemplate="%{x:.3f} of the limit<br>%{customdata[0]:.4g} ms<br>%{customdata[1]:.1f} "
+            + f"G{results['unit']}/s",
         )
     figure.update_yaxes(autorange="reversed", categoryorder="array", categoryarray=[_wrapped(case) for case in cases])
-    figure.update_xaxes(title="fraction of the copy's bandwidth", rangemode="tozero")
+    figure.update_xaxes(title=f"of the rate of {results['limit']}", rangemode="tozero")
     figure.add_vline(x=1, line={"dash": "dot", "color": "rgba(128,128,128,0.9)"})
     return _html(figure)
 
 
-def growth_plot(rows: list[dict[str, Any]]) -> str:
+def growth_plot(results: dict[str, Any]) -> str:
     """Lines: time against length, both logarithmic."""
+    rows = results["growth"]
     figure = _figure(height=420)
     for name, colour in _colours(_measured(rows)).items():
         mine = sorted((r for r in _measured(rows) if r["contender"] == name), key=lambda r: r["length"])
@@ -99,7 +101,7 @@ def growth_plot(rows: list[dict[str, Any]]) -> str:
             x=[r["length"] for r in mine],
             y=[r["seconds"]["median"] * 1e3 for r in mine],
             mode="lines+markers",
-            line={"color": colour, "width": 2.5, "dash": "dot" if name == "dst.copy_(src)" else "solid"},
+            line={"color": colour, "width": 2.5, "dash": "dot" if name == results["limit"] else "solid"},
             hovertemplate="T = %{x}: %{y:.4g} ms",
         )
     figure.update_xaxes(type="log", title="tokens T")
@@ -140,8 +142,8 @@ def render(folder: Path) -> list[Path]:
     ]
     plots = [
         {
-            "speed": speed_plot(r["timings"]),
-            "growth": growth_plot(r["growth"]),
+            "speed": speed_plot(r),
+            "growth": growth_plot(r),
             "tables": table_plot(r["tables"]) if "tables" in r else "",
         }
         for r in results

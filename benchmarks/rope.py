@@ -40,6 +40,10 @@ class Case:
         rows = self.batch * self.length
         return rows * (2 * (self.heads + self.kv_heads) * self.head_dim * self.dtype.itemsize + 4 * self.head_dim)
 
+    @property
+    def work(self) -> int:
+        return self.bytes_moved
+
 
 BASE = Case("float32, half-split", torch.float32, 2, 4096, 12, 12, 64)
 LARGE = Case("bfloat16, half-split", torch.bfloat16, 4, 4096, 32, 8, 128)
@@ -214,6 +218,7 @@ CONTENDERS = [
     Contender("rotary-embedding-torch", "peer", _rotary_embedding_torch),
 ]
 LIMIT = "dst.copy_(src)"
+UNIT = "B"  # of a case's work
 HOST_GRADIENTS = True
 PACKAGES = ("transformers", "flash-attn", "liger-kernel", "flash-linear-attention", "rotary-embedding-torch")
 
@@ -236,7 +241,7 @@ def calls(
     return contest.calls(sets, contenders, error)
 
 
-def copy(sets: list[Inputs]) -> Callable[[int], object]:
+def limit(sets: list[Inputs]) -> Callable[[int], object]:
     """The limit: as many bytes, read and written once."""
 
     def call(turn: int) -> None:

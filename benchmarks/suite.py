@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from kx_kernels.testing import codegen
 
-from . import accuracy, counts, linear_attention, measure, rope
+from . import accuracy, counts, gau_attention, linear_attention, measure, rope
 from .environment import ROOT, cache_bytes, device_name, environment, slug
 
 RESULTS = ROOT / "benchmarks" / "results"
-OPERATORS = {"rope": rope, "linear_attention": linear_attention}
+OPERATORS = {"rope": rope, "linear_attention": linear_attention, "gau_attention": gau_attention}
 
 
 def timings(op: Any, case: Any, device: str, seconds: float) -> list[dict[str, Any]]:
@@ -30,18 +30,17 @@ def timings(op: Any, case: Any, device: str, seconds: float) -> list[dict[str, A
     sets = max(1, min(8, math.ceil(4 * cache_bytes(device) / working_set))) if device == "cpu" else 1
     buffers = [op.Inputs(case, device, seed) for seed in range(sets)]
     missing: dict[str, str] = {}
-    contenders = {op.LIMIT: op.copy(buffers)}
+    contenders = {op.LIMIT: op.limit(buffers)}
     for contender, call in op.calls(case, buffers):
         if isinstance(call, str):
             missing[contender.name] = call
         else:
             contenders[contender.name] = call
     cold = device == "cuda" or sets * working_set >= 2 * cache_bytes(device)
-    common = {"case": case.name, "bytes": case.bytes_moved, "cache": "cold" if cold else "warm", "length": case.length}
+    common = {"case": case.name, "work": case.work, "cache": "cold" if cold else "warm", "length": case.length}
     found = []
     for name, (spread, fraction) in measure.take_turns(contenders, device, seconds, op.LIMIT).items():
-        bandwidth = case.bytes_moved / spread.median
-        numbers = {"seconds": asdict(spread), "of_limit": asdict(fraction), "bytes_per_second": bandwidth}
+        numbers = {"seconds": asdict(spread), "of_limit": asdict(fraction), "rate": case.work / spread.median}
         found.append({**common, "contender": name, **numbers})
     return found + [{**common, "contender": name, "seconds": None, "reason": why} for name, why in missing.items()]
 
@@ -106,6 +105,7 @@ def run(name: str, device: str, quick: bool) -> Path:
         cases, sweep = [cases[0], cases[-1]], sweep[::3]
     seconds = 3.0 if quick else 8.0
     results: dict[str, Any] = {"op": name, "quick": quick, "environment": environment(device)}
+    results |= {"limit": op.LIMIT, "unit": op.UNIT}
     results["versions"] = op.versions()
     results["timings"], results["growth"] = [], []
     with tqdm(total=len(cases) + len(sweep) + 6, desc=name, unit="step", dynamic_ncols=True) as progress:

@@ -1,0 +1,292 @@
+"""Gated attention: what is measured, against whom, and which goals that decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kx_kernels as kx
+from kx_kernels.ops.gau_attention import api
+from kx_kernels.ops.gau_attention.reference import gau_attention as reference
+
+from . import contest
+from .contest import Contender, Function, Missing, on, speedup
+from .goals import Goal, Measured
+
+KEY_DIM, VALUE_DIM = 128, 1536
+QUADRATIC = 8192  # tokens of one sequence: beyond, an n × n form takes gigabytes
+EXACT = 1024  # queries: beyond, errors are looked at in the first so many, the last of which see enough
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of one head with gate: q and k [B, n, s], v and gate [B, n, e], relu² of Su. `what`: "forward" or
+    "both"; with `past`, one query against so many keys."""
+
+    name: str
+    dtype: torch.dtype
+    batch: int
+    length: int
+    causal: bool
+    what: str = "forward"
+    past: int = 0
+
+    @property
+    def bytes_moved(self) -> int:
+        """Each input read once and each output written once; with their gradients, 13 tensors for 5."""
+        keys = self.past or self.length
+        rows = self.batch * self.dtype.itemsize
+        once = rows * (self.length * (KEY_DIM + 2 * VALUE_DIM) + keys * (KEY_DIM + VALUE_DIM))
+        return once * (3 if self.what == "both" else 1)
+
+    @property
+    def work(self) -> int:
+        """Floating-point operations of the products of pairs that see each other: two forward, five backward."""
+        deep, wide = (4, 3) if self.what == "both" else (1, 1)
+        keys = self.past or self.length
+        flops = 2 * self.batch * self.length * keys * (deep * KEY_DIM + wide * VALUE_DIM)
+        return flops // 2 if self.causal and not self.past else flops
+
+
+BASE = Case("float32, causal", torch.float32, 1, 4096, True)
+LARGE = Case("bfloat16, causal, n = 8192", torch.bfloat16, 8, 8192, True)
+
+
+def cases(device: str) -> list[Case]:
+    if device == "cpu":
+        return [
+            BASE,
+            replace(BASE, name="float32, full", causal=False),
+            replace(BASE, name="float32, causal, forward and backward", what="both"),
+            replace(BASE, name="float32, full, forward and backward", what="both", causal=False),
+            replace(BASE, name="bfloat16, causal", dtype=torch.bfloat16),
+            replace(BASE, name="decode: float32, one query, 4096 keys", batch=8, length=1, past=4096),
+        ]
+    found = []
+    for n in (8192, 2048, 512, 32768):
+        for causal in (True, False):
+            name = f"bfloat16, {'causal' if causal else 'full'}, n = {n}"
+            found.append(replace(LARGE, name=name, length=n, causal=causal))
+    return [
+        *found,
+        replace(LARGE, name="bfloat16, causal, n = 8192, forward and backward", what="both"),
+        replace(LARGE, name="bfloat16, full, n = 8192, forward and backward", what="both", causal=False),
+        replace(LARGE, name="decode: bfloat16, one query, 8192 keys", length=1, past=8192),
+    ]
+
+
+def sweep(device: str) -> list[Case]:
+    """The same call at growing lengths."""
+    base, most = (BASE, 13) if device == "cpu" else (replace(LARGE, batch=1), 15)
+    return [replace(base, name=f"n = {1 << n}", length=1 << n) for n in range(7, most + 1)]
+
+
+class Inputs:
+    """One set of buffers of a case."""
+
+    def __init__(self, case: Case, device: str, seed: int = 0) -> None:
+        self.case = case
+        generator = torch.Generator().manual_seed(seed)
+
+        def random(length: int, dim: int) -> Tensor:
+            return torch.randn(case.batch, length, 1, dim, generator=generator).to(device, case.dtype)
+
+        keys = case.past or case.length
+        self.leaves = (random(case.length, KEY_DIM), random(keys, KEY_DIM), random(keys, VALUE_DIM))
+        self.leaves = (*self.leaves, random(case.length, VALUE_DIM))
+        self.grads = (random(case.length, VALUE_DIM),)
+
+
+def _ours(backend: str) -> Callable[[Inputs], Function]:
+    def prepare(x: Inputs) -> Function:
+        reasons = dict(api.survey(*x.leaves, causal=x.case.causal))
+        if reasons[backend] is not None:
+            raise Missing(str(reasons[backend]))
+        if backend == "reference" and x.case.batch * max(x.case.length, x.case.past) > QUADRATIC:
+            raise Missing("its n × n scores would take gigabytes")
+        return lambda *leaves: kx.gau_attention(*leaves, causal=x.case.causal, backend=backend)
+
+    return prepare
+
+
+def eager(case: Case) -> Function:
+    """As one writes it: two products, with scores of n × n between them."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+        q, k, v, gate = (x[:, :, 0] for x in (q, k, v, gate))
+        n_q, n_k = q.shape[1], k.shape[1]
+        p = (q @ k.mT * KEY_DIM**-0.5).relu().square()
+        if case.causal and n_q > 1:
+            seen = torch.arange(1, n_k + 1, dtype=p.dtype, device=p.device)[:, None]
+            return (gate * (p.tril() @ v / seen))[:, :, None]
+        return (gate * (p @ v / n_k))[:, :, None]
+
+    return attend
+
+
+def _eager(x: Inputs) -> Function:
+    if x.case.batch * max(x.case.length, x.case.past) ** 2 * x.case.dtype.itemsize > 20e9:
+        raise Missing("its n × n scores would take tens of gigabytes")
+    return eager(x.case)
+
+
+def _compiled(x: Inputs) -> Function:
+    return torch.compile(_eager(x), dynamic=False)
+
+
+def _softmax(x: Inputs) -> Function:
+    """Softmax attention of as many operations: the same q, k and v, and the gate after it."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=x.case.causal and not x.case.past)
+        return gate * o.transpose(1, 2)
+
+    return attend
+
+
+def _flex(x: Inputs) -> Function:
+    """FlexAttention with log(f + 1) for a score, undone by its sums: exact on paper."""
+    if x.case.what == "both" or x.case.length > EXACT or x.case.past:
+        raise Missing("it is here for its error, which 1024 tokens show")
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def score(s: Tensor, batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (s.relu().square() + 1).log()
+
+    n, device = x.case.length, x.leaves[0].device
+    seen = torch.arange(1, n + 1, device=device)[:, None]
+    mask = create_block_mask(lambda b, h, i, j: j <= i, None, None, n, n, device=device) if x.case.causal else None
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+        q, k, v, gate = (y.transpose(1, 2) for y in (q, k, v, gate))
+        o, lse = flex_attention(q, k, v, score_mod=score, block_mask=mask, return_lse=True)
+        ones = v.cumsum(2) if x.case.causal else v.sum(2, keepdim=True)
+        return (gate * (o * lse.exp()[..., None] - ones) / (seen if x.case.causal else n)).transpose(1, 2).to(v.dtype)
+
+    return attend
+
+
+CONTENDERS = [
+    *(Contender(f"kx {backend}", "ours", _ours(backend)) for backend in ("cuda", "triton", "cpu", "reference")),
+    Contender("torch eager", "torch", _eager),
+    Contender("torch.compile", "torch", _compiled),
+    Contender("softmax attention (SDPA)", "other", _softmax),
+    Contender("FlexAttention, log(f + 1)", "torch", _flex),
+]
+OURS = ("kx cuda", "kx triton")  # on a GPU
+LIMIT = "torch's matrix products"
+UNIT = "FLOP"  # of a case's work
+HOST_GRADIENTS = False
+PACKAGES = ()
+
+
+def versions() -> dict[str, str | None]:
+    return contest.versions(PACKAGES)
+
+
+def error(function: Function, x: Inputs) -> float:
+    """The largest difference from float64 over the largest value, of the first queries where there are many."""
+    q, k, v, gate = (y.double() for y in x.leaves)
+    causal, out = x.case.causal, function(*x.leaves)
+    if x.case.length > EXACT:
+        q, gate, out = q[:, :EXACT], gate[:, :EXACT], out[:, :EXACT]
+        if causal:
+            k, v = k[:, :EXACT], v[:, :EXACT]
+    exact = reference(q, k, v, gate, causal=causal)
+    return (out.double() - exact).abs().max().item() / exact.abs().max().item()
+
+
+def calls(
+    case: Case, sets: list[Inputs], contenders: Sequence[Contender] = CONTENDERS
+) -> Iterator[tuple[Contender, Callable[[int], object] | str]]:
+    return contest.calls(sets, contenders, error)
+
+
+def limit(sets: list[Inputs]) -> Callable[[int], object]:
+    """The products alone, as torch takes them; causal, of half as many queries."""
+    case = sets[0].case
+    rows = max(1, case.length // 2) if case.causal else case.length
+    q, k, v, gate = (x[:, :, 0] for x in sets[0].leaves)
+    q, gate = q[:, :rows], gate[:, :rows]
+    block = min(rows, 1024)  # of scores at a time: no memory is spent on them
+    scores = q.new_ones(case.batch, block, k.shape[1])
+    deep, wide = (4, 3) if case.what == "both" else (1, 1)
+
+    def call(turn: int) -> None:
+        for first in range(0, rows, block):
+            part = q[:, first : first + block]
+            for _ in range(deep):
+                torch.matmul(part, k.mT, out=scores[:, : part.shape[1]])
+            for _ in range(wide):
+                torch.matmul(scores[:, : part.shape[1]], v, out=gate[:, first : first + block])
+
+    return call
+
+
+def extras() -> dict[str, Any]:
+    """The largest error over the largest value, in float32, where scores are of order 1 and where they are as small as
+    those of a layer whose scales begin at N(0, 0.02)."""
+    found = []
+    for size in (1.0, 0.02):
+        x = Inputs(replace(BASE, length=512), "cpu")
+        q, k, v, gate = x.leaves
+        x.leaves = (size * q, size * k, v, gate)
+        rows = {"size": size, "flex": error(_flex(x), x)}
+        found.append(rows | {"ours": error(lambda *leaves: kx.gau_attention(*leaves, causal=True), x)})
+    return {"tiny_scores": found}
+
+
+def milliseconds(case: str) -> Callable[[dict[str, Any]], Measured | None]:
+    """Of the faster of our kernels."""
+
+    def value(results: dict[str, Any]) -> Measured | None:
+        rows = [r["seconds"] for r in results["timings"] if r["case"] == case and r["contender"] in OURS]
+        best = min((r for r in rows if r), key=lambda r: r["median"], default=None)
+        return tuple(best[part] * 1e3 for part in ("median", "low", "high")) if best else None
+
+    return value
+
+
+def _megabytes(results: dict[str, Any]) -> Measured | None:
+    """What the CPU kernel holds at most beside its inputs and its result."""
+    for row in results["memory"]:
+        if row["contender"] == "kx cpu":
+            out = BASE.batch * BASE.length * VALUE_DIM * BASE.dtype.itemsize
+            return ((row["peak"] - out) / 1e6,) * 3
+    return None
+
+
+def goals() -> list[Goal]:
+    cpu, gpu = on("cpu"), on("cuda")
+    found = []
+    for case, target in (
+        ("float32, causal", 2.2),
+        ("float32, full", 1.1),
+        ("float32, causal, forward and backward", 1.9),
+        ("float32, full, forward and backward", 1.05),
+    ):
+        shape = f"{case}, [1, 4096], s 128, e 1536"
+        found.append(Goal("as fast as torch eager", cpu, shape, target, "×", speedup(case, "torch eager")))
+    found.append(Goal("beside inputs and result", cpu, "float32, causal, n 4096", 64, "MB", _megabytes, at_most=True))
+    for case, target in (
+        ("bfloat16, full, n = 512", 0.02),
+        ("bfloat16, full, n = 2048", 0.22),
+        ("bfloat16, causal, n = 2048", 0.13),
+        ("bfloat16, full, n = 8192", 2.9),
+        ("bfloat16, causal, n = 8192", 1.6),
+        ("bfloat16, full, n = 8192, forward and backward", 9.5),
+        ("bfloat16, full, n = 32768", 46),
+        ("bfloat16, causal, n = 32768", 24),
+    ):
+        found.append(Goal("", gpu, f"{case}, B 8", target, "ms", milliseconds(case), at_most=True))
+    for case, target in (("bfloat16, full, n = 8192", 1.0), ("bfloat16, causal, n = 8192", 1.8)):
+        found.append(
+            Goal("as fast as torch.compile", gpu, f"{case}, B 8", target, "×", speedup(case, "torch.compile", OURS))
+        )
+    return found
