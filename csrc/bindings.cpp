@@ -6,6 +6,7 @@
 #include "cpu/isa.h"
 #include "gau_attention/problem.h"
 #include "linear_attention/problem.h"
+#include "mixed_chunk_attention/problem.h"
 #include "rope/problem.h"
 #ifdef KX_EMULATION
 #include "emulation/block.h"
@@ -58,6 +59,9 @@ PYBIND11_MODULE(KX_MODULE_NAME, m) {
   m.def("linear_attention_cpu_backward", &kx::linear_attention::cpu_backward, py::call_guard<py::gil_scoped_release>());
   m.def("gau_attention_cpu", &kx::gau_attention::cpu, py::call_guard<py::gil_scoped_release>());
   m.def("gau_attention_cpu_backward", &kx::gau_attention::cpu_backward, py::call_guard<py::gil_scoped_release>());
+  m.def("mixed_chunk_attention_cpu", &kx::mixed_chunk_attention::cpu, py::call_guard<py::gil_scoped_release>());
+  m.def("mixed_chunk_attention_cpu_backward", &kx::mixed_chunk_attention::cpu_backward,
+        py::call_guard<py::gil_scoped_release>());
 #endif
 #ifdef KX_HAS_CUDA
   m.attr("has_cuda") = true;

@@ -8,6 +8,7 @@ from ._core.explain import explain
 from .ops.gau_attention.api import gau_attention
 from .ops.linear_attention.api import linear_attention, linear_attention_step
 from .ops.linear_attention.state import LinearAttentionState
+from .ops.mixed_chunk_attention.api import mixed_chunk_attention
 from .ops.rope.api import rope
 from .ops.rope.tables import rope_tables
 
@@ -19,6 +20,7 @@ __all__ = [
     "gau_attention",
     "linear_attention",
     "linear_attention_step",
+    "mixed_chunk_attention",
     "nn",
     "rope",
     "rope_tables",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kx_kernels.compat import fast_transformers, fla, performer
+from kx_kernels.compat import fast_transformers, fla, flash_pytorch, performer
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -194,3 +194,114 @@ def test_performer() -> None:
     weight = torch.einsum("...nd,...nd->...n", q, k.cumsum(-2) + 1e-2)
     torch.testing.assert_close(o, (q @ k.mT).tril() @ v / weight[..., None])
     assert signature(performer.causal_linear_attention) == "q, k, v, eps=1e-06"
+
+
+def test_flash_pytorch_interface() -> None:
+    assert signature(flash_pytorch.FLASH) == (
+        "dim, group_size=256, query_key_dim=128, expansion_factor=2.0, causal=False, dropout=0.0, rotary_pos_emb=None, "
+        "norm_klass=<class 'torch.nn.modules.normalization.LayerNorm'>, shift_tokens=False, laplace_attn_fn=False, "
+        "reduce_group_non_causal_attn=True"
+    )
+    layer = flash_pytorch.FLASH(dim=6, query_key_dim=4, dropout=0.1)
+    assert {name: list(x.shape) for name, x in layer.state_dict().items()} == {
+        "rel_pos_bias.relative_attention_bias.weight": [32, 1],
+        "norm.weight": [6],
+        "norm.bias": [6],
+        "to_hidden.0.weight": [24, 6],
+        "to_hidden.0.bias": [24],
+        "to_qk.0.weight": [4, 6],
+        "to_qk.0.bias": [4],
+        "qk_offset_scale.gamma": [4, 4],
+        "qk_offset_scale.beta": [4, 4],
+        "to_out.weight": [6, 12],
+        "to_out.bias": [6],
+    }
+    with pytest.raises(NotImplementedError, match=r"dropout is 0\.1; expected 0 in training"):
+        layer(torch.randn(1, 3, 6))
+    assert layer.eval()(torch.randn(1, 3, 6)).shape == (1, 3, 6)
+
+
+def test_buckets_of_t5() -> None:
+    """Worked by hand: 8 + 8 · log(n / 8) / log 16 in each direction, or 16 + 16 · log(n / 16) / log 8 causally."""
+    backwards = {0: 0, 1: 1, 7: 7, 8: 8, 11: 8, 12: 9, 16: 10, 64: 14, 91: 15, 128: 15, 200: 15}
+    for causal, buckets in (
+        (False, backwards | {-n: 16 + b for n, b in backwards.items() if n > 0}),
+        (True, {-200: 0, -1: 0, 0: 0, 15: 15, 16: 16, 32: 21, 64: 26, 127: 31, 200: 31}),
+    ):
+        bias = flash_pytorch.T5RelativePositionBias(2.0, causal=causal)
+        with torch.no_grad():
+            bias.relative_attention_bias.weight.copy_(torch.arange(32)[:, None])
+        table = bias(201)
+        assert {n: int(table[200 - n]) // 2 for n in buckets} == buckets
+
+
+def flash_by_groups(layer: Any, x: Tensor, mask: Tensor, turn: Any, shift: bool, whole: bool) -> Tensor:
+    """The original's layer for a number of tokens that groups divide."""
+    n, g = x.shape[1], layer.group_size
+    y = layer.norm(x)
+    if shift:
+        before = torch.cat((torch.zeros_like(y[:, :1]), y[:, :-1]), 1)
+        y = torch.cat((before[..., : y.shape[2] // 2], y[..., y.shape[2] // 2 :]), -1)
+    v, gate = layer.to_hidden(y).chunk(2, -1)
+    z = layer.to_qk(y)
+    qq, lq, qk, lk = (
+        turn(z * a + b) for a, b in zip(layer.qk_offset_scale.gamma, layer.qk_offset_scale.beta, strict=True)
+    )
+    lk = lk * mask[..., None]
+    back = torch.arange(g)[:, None] - torch.arange(g)
+    table = layer.rel_pos_bias(g)
+    f = {
+        "relu2": lambda s: s.relu() ** 2,
+        "laplace": lambda s: (1 + torch.erf((s - 0.5**0.5) * (2 * torch.pi) ** 0.5)) / 2,
+    }
+    outs = []
+    for i in range(0, n, g):
+        rows = slice(i, i + g)
+        weights = f[layer.activation](qq[:, rows] @ qk[:, rows].mT / g + table[g - 1 - back]) * mask[:, None, rows]
+        if layer.causal:
+            state = lk[:, :i].mT @ v[:, :i] / g
+            weights = weights * (back >= 0)
+        else:
+            over = slice(0, n) if whole else rows
+            state = lk[:, over].mT @ v[:, over] / n
+        outs.append(weights @ v[:, rows] + lq[:, rows] @ state)
+    return layer.to_out(gate * torch.cat(outs, 1)) + x
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"causal": True},
+        {"causal": True, "shift_tokens": True, "laplace_attn_fn": True},
+        {"reduce_group_non_causal_attn": False},
+        {"norm_klass": torch.nn.RMSNorm, "expansion_factor": 1.5},
+    ],
+    ids=["full", "causal", "shift_laplace", "groups_alone", "norm"],
+)
+def test_flash_pytorch(how: dict[str, Any], masked: bool) -> None:
+    """Outputs of all tokens, masked ones too, and gradients."""
+    tables = [random(24, 2, seed=9).cos(), random(24, 2, seed=9).sin()]
+
+    def turn(x: Tensor) -> Tensor:
+        cos, sin = (table[: x.shape[1]] for table in tables)
+        x0, x1 = x[..., 0:4:2], x[..., 1:4:2]
+        turned = torch.stack((x0 * cos - x1 * sin, x1 * cos + x0 * sin), -1).flatten(-2)
+        return torch.cat((turned, x[..., 4:]), -1)
+
+    rotary = SimpleNamespace(rotate_queries_or_keys=turn)
+    layer = flash_pytorch.FLASH(dim=6, group_size=8, query_key_dim=6, rotary_pos_emb=rotary, **how).double()
+    for p in layer.parameters():
+        p.data.normal_(generator=torch.Generator().manual_seed(p.numel()))
+    x = random(2, 24, 6).requires_grad_()
+    mask = torch.arange(24) < torch.tensor([[24], [13]]) if masked else torch.ones(2, 24, dtype=torch.bool)
+    leaves = [x, *layer.parameters()]
+    shift, whole = how.get("shift_tokens", False), how.get("reduce_group_non_causal_attn", True)
+    expected = flash_by_groups(layer, x, mask, turn, shift, whole)
+    o = layer(x, mask=mask if masked else None)
+    torch.testing.assert_close(o, expected)
+    for a, b in zip(*(torch.autograd.grad(y, leaves, x.detach()) for y in (o, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+    if layer.causal:  # a number that groups do not divide
+        torch.testing.assert_close(layer(x[:1, :11]), expected[:1, :11])

@@ -126,3 +126,60 @@ def test_a_layer_names_what_does_not_fit() -> None:
         kx.nn.LinearAttention(16, 2, decay=0.9)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"x has shape \[3, 8\]; expected head_dim = 16"):
         kx.nn.FavorFeatures(16)(torch.randn(3, 8))
+
+
+def flash(**how: Any) -> kx.nn.FLASH:
+    torch.manual_seed(0)
+    return kx.nn.FLASH(12, key_dim=8, chunk_size=8, dtype=torch.float64, **how)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_flash_is_its_formula(causal: bool) -> None:
+    """By n × n matrices, with queries and keys that differ and turn."""
+    layer = flash(causal=causal, rotary=kx.nn.RotaryEmbedding(4))
+    with torch.no_grad():
+        layer.gamma.normal_()
+        layer.beta.normal_()
+    x = torch.randn(2, 20, 12, dtype=torch.float64)
+    u, v, z = torch.nn.functional.silu(x @ layer.in_proj.weight.T + layer.in_proj.bias).split((24, 24, 8), -1)
+    qq, qk, lq, lk = (z * layer.gamma[i] + layer.beta[i] for i in range(4))
+    tables = kx.rope_tables(20, 4)
+    qq, qk, lq, lk = (kx.rope(t[:, :, None], None, *tables)[:, :, 0] for t in (qq, qk, lq, lk))
+    chunk = torch.arange(20) // 8
+    near, far = chunk[:, None] == chunk, torch.ones(20, 20, dtype=torch.bool)
+    if causal:
+        near, far = near.tril(), chunk[:, None] > chunk
+    quad = (qq @ qk.mT / 8**0.5).relu() ** 2 * near / 8
+    linear = lq @ lk.mT * far / far.sum(1, keepdim=True).clamp(min=1)
+    torch.testing.assert_close(layer(x), layer.out_proj(u * ((quad + linear) @ v)))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_flash_pads_and_packs(causal: bool) -> None:
+    layer = flash(causal=causal, rotary=kx.nn.RotaryEmbedding(8))
+    x = torch.randn(2, 20, 12, dtype=torch.float64)
+    lengths = (20, 13)
+    alone = [layer(x[i : i + 1, :n])[0] for i, n in enumerate(lengths)]
+    mask = torch.arange(20) < torch.tensor(lengths)[:, None]
+    garbage = torch.where(mask[..., None], x, torch.nan)
+    padded = layer(garbage, key_padding_mask=mask)
+    packed = layer(torch.cat([x[0], x[1, :13]]), cu_seqlens=torch.tensor([0, 20, 33], dtype=torch.int32))
+    for i, n in enumerate(lengths):
+        torch.testing.assert_close(padded[i, :n], alone[i])
+    torch.testing.assert_close(packed, torch.cat(alone))
+
+
+def test_flash_under_autocast() -> None:
+    layer = kx.nn.FLASH(12, key_dim=8, chunk_size=8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(torch.randn(2, 20, 12))
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
+
+
+def test_flash_names_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="rotary turns 16 dimensions; expected at most key_dim = 8"):
+        flash(rotary=kx.nn.RotaryEmbedding(16))
+    with pytest.raises(ValueError, match="rotary starts at dimension 2; expected 0"):
+        flash(rotary=kx.nn.RotaryEmbedding(4, start=2))

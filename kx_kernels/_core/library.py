@@ -59,12 +59,13 @@ def plain(p: Any) -> Any:
 def needs_operator(tensors: Sequence[torch.Tensor]) -> bool:
     """True if something watches this call, so that it has to go through torch's dispatcher.
 
-    That is: torch.compile, torch.export, torch.jit.trace, fake and other subclass tensors, dispatch modes. An eager
-    call on plain tensors may go to the kernel directly, which saves the dispatcher's microseconds.
+    That is: torch.compile, torch.export, torch.jit.trace, fake and other subclass tensors, dispatch modes; or if there
+    is no data to compute with. An eager call on plain tensors may go to the kernel directly, which saves the
+    dispatcher's microseconds.
     """
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.jit.is_tracing()
-        or any(type(x) is not torch.Tensor and type(x) is not torch.nn.Parameter for x in tensors)
+        or any(x.is_meta or (type(x) is not torch.Tensor and type(x) is not torch.nn.Parameter) for x in tensors)
     )

@@ -1,7 +1,8 @@
 """Modules: parameters and state, no mathematics."""
 
 from .favor import FavorFeatures
+from .flash import FLASH
 from .linear_attention import DecodingState, LinearAttention
 from .rotary import RotaryEmbedding
 
-__all__ = ["DecodingState", "FavorFeatures", "LinearAttention", "RotaryEmbedding"]
+__all__ = ["FLASH", "DecodingState", "FavorFeatures", "LinearAttention", "RotaryEmbedding"]

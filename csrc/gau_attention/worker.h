@@ -1,0 +1,443 @@
+// Blocks of gated attention on a CPU: queries meet keys, whose scores never leave the caches. The formulas and their
+// names are those of kx_kernels/ops/gau_attention/README.md.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+#include <vector>
+
+#include "../cpu/gemm.h"
+#include "../cpu/rows.h"
+#include "../cpu/simd.h"
+#include "problem.h"
+
+namespace kx::gau_attention {
+namespace KX_ISA {
+namespace {
+
+using namespace ::kx::KX_ISA;  // the vectors of this instruction set
+
+constexpr int kQueries = 64;       // rows of a block
+constexpr int kKeys = 64;          // columns of a block forward
+constexpr int kKeysBackward = 32;  // where their values, turned, and the gradients of these are held as well
+constexpr int kColumns = 64;       // of values, that a product takes at a time: they stay in the first cache
+
+// Rows of one sequence in memory.
+struct Sequence {
+  int64_t batch, query_row, key_row, queries, keys;
+
+  int64_t shift() const { return keys - queries; }  // a query stands with the key so much further on
+};
+
+Sequence sequence(const Problem& p, int64_t n) {
+  if (p.cu_seqlens == nullptr) {
+    return {n, 0, 0, p.queries, p.keys};
+  }
+  const int64_t query = p.cu_seqlens[n], key = p.cu_seqlens_k[n];
+  return {0, query, key, p.cu_seqlens[n + 1] - query, p.cu_seqlens_k[n + 1] - key};
+}
+
+// f of n scores in their place, and its derivative unless `slope` is null.
+template <class A>
+void activate(Activation f, int n, A* x, A* slope) {
+  const auto each = [&](auto&& value, auto&& derivative) {
+    if (slope != nullptr) {
+      for (int j = 0; j < n; ++j) {
+        slope[j] = derivative(x[j]);
+      }
+    }
+    for (int j = 0; j < n; ++j) {
+      x[j] = value(x[j]);
+    }
+  };
+  const auto sigmoid = [](A y) { return 1 / (1 + std::exp(-y)); };
+  switch (f) {
+    case Activation::kRelu2:
+      return each([](A y) { return y > 0 ? y * y : A{0}; }, [](A y) { return y > 0 ? 2 * y : A{0}; });
+    case Activation::kRelu:
+      return each([](A y) { return y > 0 ? y : A{0}; }, [](A y) { return y > 0 ? A{1} : A{0}; });
+    case Activation::kSilu:
+      return each([&](A y) { return y * sigmoid(y); },
+                  [&](A y) {
+                    const A s = sigmoid(y);
+                    return s * (1 + y * (1 - s));
+                  });
+    case Activation::kSigmoid:
+      return each(sigmoid, [&](A y) {
+        const A s = sigmoid(y);
+        return s * (1 - s);
+      });
+    case Activation::kLaplace: {
+      const double mean = std::sqrt(0.5), pi = 3.14159265358979323846;
+      const A middle = static_cast<A>(mean), slope_of_erf = static_cast<A>(std::sqrt(2 * pi));
+      const A root = static_cast<A>(std::sqrt(2.0)), decay = static_cast<A>(2 * pi);
+      return each([=](A y) { return A{0.5} * (1 + std::erf((y - middle) * slope_of_erf)); },
+                  [=](A y) { return root * std::exp(-decay * (y - middle) * (y - middle)); });
+    }
+    case Activation::kIdentity:
+      return each([](A y) { return y; }, [](A) { return A{1}; });
+  }
+}
+
+// What one thread works with. A is the type that arithmetic is done in; rows are padded with zeros to whole vectors.
+template <class T, class A>
+class Worker {
+ public:
+  Worker(const Problem& p, bool backward)
+      : p(p),
+        key_dim(static_cast<int>(p.key_dim)),
+        value_dim(static_cast<int>(p.value_dim)),
+        block(backward ? kKeysBackward : kKeys) {
+    q = take(kQueries * static_cast<size_t>(kw));
+    k = take(block * static_cast<size_t>(kw));
+    k_columns = take(static_cast<size_t>(key_dim) * block);
+    v = take(block * static_cast<size_t>(vw));
+    wide = take(kQueries * static_cast<size_t>(vw));
+    scores = take(static_cast<size_t>(kQueries) * block);
+    if (backward) {
+      slopes = take(static_cast<size_t>(kQueries) * block);
+      grad_scores = take(static_cast<size_t>(kQueries) * block);
+      v_columns = take(static_cast<size_t>(value_dim) * block);
+      grad_v = take(block * static_cast<size_t>(vw));
+      grad_k = take(block * static_cast<size_t>(kw));
+      row = take(vw);
+    }
+  }
+
+  // Sums of scores times values of a block of queries, each with its factor c, to `wide`.
+  void attend(const Sequence& s, int64_t head, int64_t first) {
+    const int count = block_of(s, first);
+    load_queries(s, head, first, count);
+    std::fill_n(wide, static_cast<size_t>(count) * vw, A{0});
+    A sums[kQueries] = {};
+    const int64_t last = p.causal ? std::min(s.keys, first + count + s.shift()) : s.keys;
+    for (int64_t key = 0; key < last; key += block) {
+      const int keys = static_cast<int>(std::min<int64_t>(block, last - key));
+      load_keys(s, head / group(), key, keys);
+      multiply(count, keys, key_dim, q, kw, 1, k_columns, block, scores, block, false);
+      score(s, head, first, count, key, keys, nullptr);
+      for (int i = 0; i < count && p.by_sum; ++i) {
+        for (int j = 0; j < keys; ++j) {
+          sums[i] += scores[i * block + j];
+        }
+      }
+      const A* values = v;
+      int64_t values_row = vw;
+      if (!in_place(s, head / group(), key, keys, &values, &values_row)) {
+        load_values(s, head / group(), key, keys);
+      }
+      multiply_wide(count, value_dim, keys, scores, block, 1, values, values_row, wide);
+    }
+    for (int i = 0; i < count; ++i) {
+      A* const o = wide + static_cast<size_t>(i) * vw;
+      const int64_t at = s.query_row + first + i;
+      if (p.by_sum) {
+        by_row(p.sums, (s.batch * p.queries + at) * p.heads + head) = sums[i];
+      }
+      const A c = keep_query[i] ? factor(s, at, head, sums[i]) : A{0};
+      for (int e = 0; e < value_dim; ++e) {
+        o[e] *= c;
+      }
+    }
+  }
+
+  // Writes what `wide` holds of a block of queries, and what it is after the gate.
+  void store_outputs(const Sequence& s, int64_t head, int64_t first) {
+    for (int i = 0; i < block_of(s, first); ++i) {
+      A* const o = wide + static_cast<size_t>(i) * vw;
+      const int64_t at = s.query_row + first + i;
+      if (p.ungated.data != nullptr) {
+        store_row(o, value_dim, element<T>(p.ungated, s.batch, at, head), p.ungated.stride[3]);
+      }
+      if (p.gate.data != nullptr && keep_query[i]) {
+        const T* const gate = element<const T>(p.gate, s.batch, at, head);
+        for (int e = 0; e < value_dim; ++e) {
+          o[e] *= widen(gate[e * p.gate.stride[3]]);
+        }
+      }
+      store_row(o, value_dim, element<T>(p.o, s.batch, at, head), p.o.stride[3]);
+    }
+  }
+
+  // Readies a block of keys and values for its gradients.
+  void begin_gradients(const Sequence& s, int64_t kv_head, int64_t key) {
+    const int keys = keys_of(s, key);
+    load_keys(s, kv_head, key, keys);
+    load_values(s, kv_head, key, keys);
+    transpose(keys, value_dim, v, vw, v_columns, block);
+    std::fill_n(grad_v, static_cast<size_t>(keys) * vw, A{0});
+    std::fill_n(grad_k, static_cast<size_t>(keys) * kw, A{0});
+  }
+
+  // Adds what a block of keys and values meets to its gradients, to those of queries, [n_q of the sequence, heads, kw],
+  // and of the bias, [bias_heads, distances].
+  void add_gradients(const Sequence& s, int64_t kv_head, int64_t key, A* grad_queries, A* grad_bias) {
+    const int keys = keys_of(s, key);
+    const int64_t seen_from = p.causal ? std::max<int64_t>(0, key - s.shift()) : 0;
+    for (int64_t head = kv_head * group(); head < (kv_head + 1) * group(); ++head) {
+      for (int64_t first = seen_from / kQueries * kQueries; first < s.queries; first += kQueries) {
+        const int count = block_of(s, first);
+        load_queries(s, head, first, count);
+        A shifts[kQueries];
+        load_gradients(s, head, first, count, shifts);
+        multiply(count, keys, key_dim, q, kw, 1, k_columns, block, scores, block, false);
+        score(s, head, first, count, key, keys, slopes);
+        multiply(count, keys, value_dim, wide, vw, 1, v_columns, block, grad_scores, block, false);
+        for (int i = 0; i < count; ++i) {
+          for (int j = 0; j < keys; ++j) {
+            A& x = grad_scores[i * block + j];
+            x = slopes[i * block + j] * (x - shifts[i]);
+          }
+        }
+        if (grad_bias != nullptr) {
+          add_to_bias(s, head, first, count, key, keys, grad_bias);
+        }
+        for (int i = 0; i < count; ++i) {
+          const A a = scale(p.scale, p.a, s, s.query_row + first + i);
+          for (int j = 0; j < keys; ++j) {
+            grad_scores[i * block + j] *= a;
+          }
+        }
+        multiply_wide(keys, value_dim, count, scores, 1, block, wide, vw, grad_v);
+        multiply(keys, key_dim, count, grad_scores, 1, block, q, kw, grad_k, kw, true);
+        multiply(count, key_dim, keys, grad_scores, block, 1, k, kw, grad_queries + (first * p.heads + head) * kw,
+                 p.heads * kw, true);
+      }
+    }
+  }
+
+  void store_gradients(const Sequence& s, int64_t kv_head, int64_t key) {
+    for (int j = 0; j < keys_of(s, key); ++j) {
+      const int64_t at = s.key_row + key + j;
+      store_row(grad_v + static_cast<size_t>(j) * vw, value_dim, element<T>(p.grad_v, s.batch, at, kv_head),
+                p.grad_v.stride[3]);
+      store_row(grad_k + static_cast<size_t>(j) * kw, key_dim, element<T>(p.grad_k, s.batch, at, kv_head),
+                p.grad_k.stride[3]);
+    }
+  }
+
+  // The gradient of a row of the gate.
+  void backward_gate(int64_t batch, int64_t at, int64_t head) {
+    const bool kept = keeps(p.query_mask, p.query_mask_stride, batch, at);
+    const T* const grad = element<const T>(p.grad_o, batch, at, head);
+    const T* const ungated = element<const T>(p.ungated, batch, at, head);
+    for (int e = 0; e < value_dim; ++e) {
+      row[e] = kept ? widen(grad[e * p.grad_o.stride[3]]) * widen(ungated[e * p.ungated.stride[3]]) : A{0};
+    }
+    store_row(row, value_dim, element<T>(p.grad_gate, batch, at, head), p.grad_gate.stride[3]);
+  }
+
+  int row_width() const { return kw; }
+
+ protected:
+  static constexpr int kLanes = vector_t<A>::kLanes;
+  static int whole_vectors(int64_t n) { return static_cast<int>((n + kLanes - 1) / kLanes * kLanes); }
+
+  A* take(size_t n) {
+    buffers_.push_back(zeros<A>(n + kLanes));
+    return buffers_.back().get();
+  }
+  int64_t group() const { return p.heads / p.kv_heads; }
+  static int block_of(const Sequence& s, int64_t first) {
+    return static_cast<int>(std::min<int64_t>(kQueries, s.queries - first));
+  }
+  int keys_of(const Sequence& s, int64_t key) const { return static_cast<int>(std::min<int64_t>(block, s.keys - key)); }
+
+  template <class U>
+  static U* element(const View& x, int64_t batch, int64_t at, int64_t head) {
+    return static_cast<U*>(x.data) + batch * x.stride[0] + at * x.stride[1] + head * x.stride[2];
+  }
+  static A& by_row(void* x, int64_t at) { return static_cast<A*>(x)[at]; }
+  static bool keeps(const uint8_t* mask, const int64_t* stride, int64_t batch, int64_t at) {
+    return mask == nullptr || mask[batch * stride[0] + at * stride[1]] != 0;
+  }
+  // A factor of a row: a number times one of its own.
+  A scale(double number, const void* rows, const Sequence& s, int64_t at) const {
+    const A all_rows = static_cast<A>(number);
+    return rows == nullptr ? all_rows : all_rows * static_cast<const A*>(rows)[s.batch * p.queries + at];
+  }
+  A factor(const Sequence& s, int64_t at, int64_t, A sum) const {
+    if (p.by_sum) {
+      return sum != 0 ? 1 / sum : A{0};
+    }
+    return scale(p.out_scale, p.c, s, at);
+  }
+
+  void multiply(int m, int n, int depth, const A* x, int64_t x_row, int64_t x_k, const A* y, int64_t y_row, A* to,
+                int64_t to_row, bool add_to) {
+    gemm(m, n, depth, x, x_row, x_k, y, y_row, to, to_row, add_to, Part::kAll, [] {});
+  }
+  // to [m, vw] += x · y, y of many columns.
+  void multiply_wide(int m, int n, int depth, const A* x, int64_t x_row, int64_t x_k, const A* y, int64_t y_row,
+                     A* to) {
+    for (int e = 0; e < n; e += kColumns) {
+      multiply(m, std::min(kColumns, n - e), depth, x, x_row, x_k, y + e, y_row, to + e, vw, true);
+    }
+  }
+
+  // Padding is zeros: whatever its memory holds never meets a number that counts.
+  void load_queries(const Sequence& s, int64_t head, int64_t first, int count) {
+    for (int i = 0; i < count; ++i) {
+      const int64_t at = s.query_row + first + i;
+      keep_query[i] = keeps(p.query_mask, p.query_mask_stride, s.batch, at);
+      load_kept(keep_query[i], element<const T>(p.q, s.batch, at, head), p.q.stride[3], key_dim, q + i * kw);
+    }
+  }
+  void load_keys(const Sequence& s, int64_t head, int64_t key, int keys) {
+    for (int j = 0; j < keys; ++j) {
+      const int64_t at = s.key_row + key + j;
+      keep_key[j] = keeps(p.key_mask, p.key_mask_stride, s.batch, at);
+      load_kept(keep_key[j], element<const T>(p.k, s.batch, at, head), p.k.stride[3], key_dim, k + j * kw);
+    }
+    transpose(keys, key_dim, k, kw, k_columns, block);
+  }
+  void load_values(const Sequence& s, int64_t head, int64_t key, int keys) {
+    for (int j = 0; j < keys; ++j) {
+      load_kept(keep_key[j], element<const T>(p.v, s.batch, s.key_row + key + j, head), p.v.stride[3], value_dim,
+                v + static_cast<size_t>(j) * vw);
+    }
+  }
+  void load_kept(bool kept, const T* from, int64_t stride, int n, A* to) const {
+    if (kept) {
+      load_row(from, stride, n, to);
+    } else {
+      std::fill_n(to, n, A{0});
+    }
+  }
+  // Whether products can read the values where they lie.
+  bool in_place(const Sequence& s, int64_t head, int64_t key, int keys, const A** values, int64_t* values_row) const {
+    if constexpr (std::is_same_v<T, A>) {
+      bool whole = p.v.stride[3] == 1 && value_dim % kLanes == 0;
+      for (int j = 0; j < keys; ++j) {
+        whole = whole && keep_key[j];
+      }
+      if (whole) {
+        *values = element<const T>(p.v, s.batch, s.key_row + key, head);
+        *values_row = p.v.stride[1];
+      }
+      return whole;
+    } else {
+      return false;
+    }
+  }
+
+  // g, the gradients of sums of scores times values; and the part of a score's gradient that is the whole row's.
+  void load_gradients(const Sequence& s, int64_t head, int64_t first, int count, A* shifts) {
+    for (int i = 0; i < count; ++i) {
+      const int64_t at = s.query_row + first + i;
+      A* const g = wide + static_cast<size_t>(i) * vw;
+      const A sum = p.by_sum ? by_row(p.sums, (s.batch * p.queries + at) * p.heads + head) : A{0};
+      load_gradient(s.batch, at, head, keep_query[i] ? factor(s, at, head, sum) : A{0}, keep_query[i], g);
+      shifts[i] = 0;
+      if (p.by_sum && keep_query[i]) {
+        load_row(element<const T>(p.ungated, s.batch, at, head), p.ungated.stride[3], value_dim, row);
+        for (int e = 0; e < value_dim; ++e) {
+          shifts[i] += g[e] * row[e];
+        }
+      }
+    }
+  }
+  // A row of grad_o, gated, times c; zeros where it is not kept.
+  void load_gradient(int64_t batch, int64_t at, int64_t head, A c, bool kept, A* g) {
+    load_kept(kept, element<const T>(p.grad_o, batch, at, head), p.grad_o.stride[3], value_dim, g);
+    if (p.gate.data != nullptr) {
+      load_kept(kept, element<const T>(p.gate, batch, at, head), p.gate.stride[3], value_dim, row);
+      for (int e = 0; e < value_dim; ++e) {
+        g[e] *= row[e] * c;
+      }
+    } else {
+      for (int e = 0; e < value_dim; ++e) {
+        g[e] *= c;
+      }
+    }
+  }
+
+  // Products q·k as scores: scaled, biased, through f, and 0 where a row does not see a key; their slopes likewise.
+  void score(const Sequence& s, int64_t head, int64_t first, int count, int64_t key, int keys, A* slope) {
+    const A* const distances = p.bias == nullptr ? nullptr
+                                                 : static_cast<const A*>(p.bias) +
+                                                       (p.bias_heads > 1 ? head : 0) * p.distances + p.distances / 2;
+    for (int i = 0; i < count; ++i) {
+      A* const x = scores + i * block;
+      A* const slopes_here = slope != nullptr ? slope + i * block : nullptr;
+      const int64_t at = s.query_row + first + i, apart = key - (first + i + s.shift());
+      int seen = keys;
+      if (p.causal) {
+        seen = static_cast<int>(std::clamp<int64_t>(1 - apart, 0, keys));
+      }
+      if (!keep_query[i]) {
+        seen = 0;
+      }
+      const A a = scale(p.scale, p.a, s, at);
+      if (distances != nullptr) {
+        const A b = scale(p.bias_scale, p.b, s, at);
+        for (int j = 0; j < seen; ++j) {
+          x[j] = a * x[j] + b * distances[apart + j];
+        }
+      } else {
+        for (int j = 0; j < seen; ++j) {
+          x[j] *= a;
+        }
+      }
+      activate(p.activation, seen, x, slopes_here);
+      for (int j = 0; j < keys; ++j) {
+        if (j >= seen || !keep_key[j]) {
+          x[j] = 0;
+          if (slopes_here != nullptr) {
+            slopes_here[j] = 0;
+          }
+        }
+      }
+    }
+  }
+
+  void add_to_bias(const Sequence& s, int64_t head, int64_t first, int count, int64_t key, int keys, A* grad_bias) {
+    A* const distances = grad_bias + (p.bias_heads > 1 ? head : 0) * p.distances + p.distances / 2;
+    for (int i = 0; i < count; ++i) {
+      const A b = scale(p.bias_scale, p.b, s, s.query_row + first + i);
+      const int64_t apart = key - (first + i + s.shift());
+      for (int j = 0; j < keys; ++j) {
+        if (slopes[i * block + j] != 0) {  // else it may be a distance that there is none of
+          distances[apart + j] += b * grad_scores[i * block + j];
+        }
+      }
+    }
+  }
+
+  const Problem& p;
+  const int key_dim, value_dim, block;
+  const int kw = whole_vectors(p.key_dim), vw = whole_vectors(p.value_dim);  // widths of rows
+  A *q, *k, *k_columns;              // [kQueries, kw], [block, kw], [key_dim, block]
+  A *v, *v_columns;                  // [block, vw], [value_dim, block]
+  A* wide;                           // [kQueries, vw]: outputs, or gradients of their sums
+  A *scores, *slopes, *grad_scores;  // [kQueries, block]
+  A *grad_v, *grad_k;                // [block, vw], [block, kw]
+  A* row;                            // [vw]
+  bool keep_query[kQueries], keep_key[kKeys];
+  std::vector<Buffer<A>> buffers_;
+};
+
+// Rows [from, to) of x are zero.
+template <class T>
+void clear(const View& x, int64_t from, int64_t to, int64_t heads, int64_t dim) {
+  for (int64_t t = from; t < to && x.data != nullptr; ++t) {
+    for (int64_t h = 0; h < heads; ++h) {
+      for (int64_t d = 0; d < dim; ++d) {
+        narrow(compute_t<T>{0}, static_cast<T*>(x.data) + t * x.stride[1] + h * x.stride[2] + d * x.stride[3]);
+      }
+    }
+  }
+}
+// And those that belong to no sequence.
+template <class T>
+void clear_surplus(const Problem& p, const View& x, const int32_t* ends, int64_t rows, int64_t heads, int64_t dim) {
+  if (ends != nullptr) {
+    clear<T>(x, 0, ends[0], heads, dim);
+    clear<T>(x, ends[p.num_sequences], rows, heads, dim);
+  }
+}
+
+}  // namespace
+}  // namespace KX_ISA
+}  // namespace kx::gau_attention

@@ -1,0 +1,1 @@
+"""FLASH's mixed-chunk attention; its derivation is in the README beside this file."""

@@ -1,0 +1,293 @@
+"""What mixed-chunk attention promises: its cases, the calls it refuses, its costs and how they grow."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._core.spec import BadCall, Call, OpSpec
+from ._problem import MixedProblem
+from .api import mixed_chunk_attention
+from .presets import ACTIVATIONS
+from .reference import mixed_chunk_attention as reference
+
+
+@dataclass(frozen=True)
+class MixedCase:
+    """Sizes and forms of one call."""
+
+    batch: int = 2
+    length: int = 19  # n, where `lengths` is None
+    chunk: int = 8  # C
+    heads: int = 1
+    kv_heads: int = 1
+    key_dim: int = 16  # s
+    value_dim: int = 24  # e
+    gate: bool = True
+    causal: bool = False
+    preset: str = "su"
+    activation: str | None = None
+    scale: float | str | None = None
+    normalizer: float | str | None = None
+    lin_normalizer: float | str | None = None
+    bias: str = "none"  # "none", "shared", "heads"
+    bias_scale: float | str | None = None
+    rope: str = "none"  # "none", "interleaved", "half" (with an offset by sequence)
+    padding: str = "none"  # "none", "left", "right", "holes" (a sequence of nothing but padding among them)
+    query_padding: bool = False  # rows of its own
+    lengths: tuple[int, ...] | None = None  # of packed sequences
+    surplus: int = 0  # packed rows before the first sequence and past the last
+    by_row: bool = False  # scale and both normalizers as tensors
+    layout: str = "plain"  # "plain", "transposed" ([B, H, T, D] memory), "fused" (all of one buffer)
+
+
+def make(case: MixedCase, dtype: torch.dtype, device: torch.device, seed: int) -> Call:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device=device, dtype=dtype)
+
+    packed = case.lengths is not None
+    ends = list(itertools.accumulate(case.lengths or (), initial=case.surplus))
+    length = ends[-1] + case.surplus if packed else case.length
+    lead = () if packed else (case.batch,)
+    widths = dict.fromkeys(("quad_q", "quad_k", "lin_q", "lin_k"), case.key_dim)
+    widths |= dict.fromkeys(("v", "gate"), case.value_dim)
+    if case.layout == "fused":
+        buffer = random(*lead, length, case.heads, sum(widths.values()))
+        call: Call = dict(zip(widths, buffer.split(list(widths.values()), -1), strict=True))
+    else:
+        call = {}
+        for name, width in widths.items():
+            heads = case.heads if name in ("quad_q", "lin_q", "gate") else case.kv_heads
+            order = (heads, length) if case.layout == "transposed" else (length, heads)
+            x = random(*lead, *order, width)
+            call[name] = x.transpose(-3, -2) if case.layout == "transposed" else x
+    if not case.gate:
+        del call["gate"]
+    call |= {"chunk_size": case.chunk, "causal": case.causal}
+    for name in ("preset", "activation", "scale", "normalizer", "lin_normalizer", "bias_scale"):
+        if getattr(case, name) is not None:
+            call[name] = getattr(case, name)
+    if case.by_row:
+        for name in ("scale", "normalizer", "lin_normalizer"):
+            call[name] = random(*lead, length, dtype=torch.float32).abs() + 0.1
+    if case.bias != "none":
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        call["bias"] = random(*((case.heads,) if case.bias == "heads" else ()), 2 * case.chunk + 3, dtype=wide)
+    sequences = case.batch if case.lengths is None else len(case.lengths)
+    if case.rope != "none":
+        half = case.key_dim // 2 if case.rope == "interleaved" else max(1, case.key_dim // 4)
+        angles = random(length + 5, half, dtype=torch.float32)
+        call["rope"], call["rope_interleaved"] = (angles.cos(), angles.sin()), case.rope == "interleaved"
+        if case.rope == "half":
+            call["rope_offset"] = torch.arange(sequences, device=device) % 3
+    if case.padding != "none":
+        row = torch.arange(length, device=device)
+        short = 2 + torch.arange(case.batch, device=device)[:, None] * 3
+        keep = {"left": row >= short, "right": row < length - short, "holes": (row + short) % 4 != 0}[case.padding]
+        if case.padding == "holes" and case.batch > 1:
+            keep[-1] = False
+        call["key_padding_mask"] = keep[0] if packed else keep
+    if case.query_padding:
+        keep = torch.ones(*lead, length, dtype=torch.bool, device=device)
+        keep[..., ::3] = False
+        call["query_padding_mask"] = keep
+    if packed:
+        call["cu_seqlens"] = torch.tensor(ends, dtype=torch.int32, device=device)
+    return call
+
+
+PLAIN = MixedCase()
+CASES = {
+    "su": PLAIN,
+    "causal": replace(PLAIN, causal=True),
+    "lucidrains": replace(PLAIN, preset="lucidrains", bias="shared", padding="right"),
+    "lucidrains_causal": replace(PLAIN, preset="lucidrains", bias="shared", causal=True),
+    **{name: replace(PLAIN, activation=name, causal=name in ("silu", "laplace")) for name in ACTIVATIONS[1:]},
+    **{f"c_{name}": replace(PLAIN, normalizer=name, padding="right") for name in ("visible", "valid", "none")},
+    "c_visible_causal": replace(PLAIN, normalizer="visible", causal=True, padding="holes"),
+    "c_number": replace(PLAIN, normalizer=7.0, lin_normalizer=3.0),
+    **{f"d_{name}": replace(PLAIN, lin_normalizer=name, padding="left") for name in ("length", "chunk", "none")},
+    "by_row": replace(PLAIN, by_row=True, causal=True),
+    "bias_heads": replace(PLAIN, bias="heads", heads=2, kv_heads=2, causal=True, bias_scale=0.5),
+    "no_gate": replace(PLAIN, gate=False, causal=True),
+    "rope": replace(PLAIN, rope="interleaved", causal=True),
+    "rope_half": replace(PLAIN, rope="half"),
+    "padding_left": replace(PLAIN, padding="left", causal=True),
+    "padding_right": replace(PLAIN, padding="right", causal=True),
+    "padding_holes": replace(PLAIN, padding="holes", causal=True),
+    "query_padding": replace(PLAIN, padding="holes", query_padding=True),
+    "grouped": replace(PLAIN, heads=6, kv_heads=2, causal=True, bias="heads"),
+    "grouped_full": replace(PLAIN, heads=4, kv_heads=2),
+    "packed": replace(PLAIN, lengths=(3, 0, 15, 1, 0), causal=True),
+    "packed_full": replace(PLAIN, lengths=(13, 8), bias="shared", surplus=3),
+    "packed_surplus": replace(PLAIN, lengths=(5, 40), surplus=2, rope="half", bias="shared", causal=True),
+    "packed_padding": replace(PLAIN, lengths=(4, 26), padding="left", normalizer="valid", lin_normalizer="length"),
+    "transposed": replace(PLAIN, layout="transposed", heads=2, kv_heads=2, causal=True),
+    "fused": replace(PLAIN, layout="fused", causal=True),
+    "everything": MixedCase(
+        batch=3,
+        length=37,
+        heads=4,
+        kv_heads=2,
+        causal=True,
+        bias="heads",
+        bias_scale=0.3,
+        rope="half",
+        padding="holes",
+        query_padding=True,
+        normalizer="visible",
+    ),
+    "everything_small": MixedCase(
+        batch=1,
+        length=7,
+        chunk=3,
+        heads=2,
+        kv_heads=1,
+        key_dim=4,
+        value_dim=3,
+        causal=True,
+        activation="laplace",
+        bias="heads",
+        rope="half",
+        padding="left",
+    ),
+    "B0": replace(PLAIN, batch=0),
+    "n0": replace(PLAIN, length=0),
+    "n1": replace(PLAIN, length=1),
+    "n8": replace(PLAIN, length=8, causal=True),
+    "n9": replace(PLAIN, length=9, causal=True),
+    "n16": replace(PLAIN, length=16),
+    "n600": replace(PLAIN, batch=1, length=600, chunk=64, causal=True),
+    "n600_full": replace(PLAIN, batch=1, length=600, chunk=100),
+    "C1": replace(PLAIN, chunk=1, causal=True),
+    "C5": replace(PLAIN, chunk=5, causal=True),
+    "C128": replace(PLAIN, batch=1, length=300, chunk=128, causal=True),
+    "C256": replace(PLAIN, chunk=256),
+    "s32": replace(PLAIN, key_dim=32, value_dim=64, causal=True),
+    "s64": replace(PLAIN, key_dim=64, value_dim=512, batch=1),
+    "e1536": replace(PLAIN, length=20, key_dim=128, value_dim=1536, batch=1, causal=True),
+    "e1537": replace(PLAIN, key_dim=128, value_dim=1537, batch=1),
+    "s1": replace(PLAIN, key_dim=1, value_dim=1),
+}
+
+
+def _set(**change: Any) -> Callable[[Call], Call]:
+    return lambda call: call | change
+
+
+def _map(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Call], Call]:
+    return lambda call: call | {name: change(call[name])}
+
+
+def _packed(ends: Any, **more: Any) -> Callable[[Call], Call]:
+    """The call's first sequence alone, packed."""
+    ends = torch.tensor(ends, dtype=torch.int32) if isinstance(ends, list) else ends
+    names = ("quad_q", "quad_k", "lin_q", "lin_k", "v", "gate")
+    return lambda call: call | {n: call[n][0] for n in names} | {"cu_seqlens": ends} | more
+
+
+def _tables(length: int = 19, half: int = 8) -> tuple[Tensor, Tensor]:
+    return torch.ones(length, half), torch.zeros(length, half)
+
+
+BAD_CALLS = (
+    BadCall("q_not_a_tensor", _set(quad_q=[1.0]), TypeError, "quad_q", "a tensor of dtype bfloat16, float16, float32"),
+    BadCall("q_rank", _map("quad_q", lambda x: x[0]), ValueError, "quad_q", r"shape \[B, T, H, D\]"),
+    BadCall("q_no_dim", _map("quad_q", lambda x: x[..., :0]), ValueError, "quad_q", "a head dimension above 0"),
+    BadCall("k_dtype", _map("quad_k", lambda x: x.half()), TypeError, "quad_k", "the dtype of quad_q, torch.float32"),
+    BadCall("k_dim", _map("quad_k", lambda x: x[..., :8]), ValueError, "quad_k", r"of quad_q, \[2, 19, 1, 16\]"),
+    BadCall("k_length", _map("quad_k", lambda x: x[:, :5]), ValueError, "quad_k", r"of quad_q, \[2, 19, 1, 16\]"),
+    BadCall("k_heads", _map("quad_k", lambda x: x.repeat(1, 1, 2, 1)), ValueError, "quad_k", "divides that of quad_q"),
+    BadCall("lin_q", _map("lin_q", lambda x: x[..., :8]), ValueError, "lin_q", r"of quad_q, \[2, 19, 1, 16\]"),
+    BadCall("lin_k", _map("lin_k", lambda x: x[:1]), ValueError, "lin_k", r"of quad_k, \[2, 19, 1, 16\]"),
+    BadCall("v_length", _map("v", lambda x: x[:, :5]), ValueError, "v", r"the shape of quad_k, \[2, 19, 1, 16\]"),
+    BadCall("gate_shape", _map("gate", lambda x: x[..., :5]), ValueError, "gate", r"shape \[2, 19, 1, 24\]"),
+    BadCall("device", _map("v", lambda x: x.to("meta")), ValueError, "v", "the device of q, cpu"),
+    BadCall("chunk_0", _set(chunk_size=0), ValueError, "chunk_size", "1 or more tokens"),
+    BadCall("chunk_type", _set(chunk_size=8.0), TypeError, "chunk_size", "an int"),
+    BadCall("preset", _set(preset="gau_alpha"), ValueError, "preset", "'su', 'lucidrains'"),
+    BadCall("activation", _set(activation="softmax"), ValueError, "activation", "'relu2', 'relu', 'silu'"),
+    BadCall("scale_name", _set(scale="length"), ValueError, "scale", "'dim', 'chunk'"),
+    BadCall("scale_type", _set(scale=[1.0]), TypeError, "scale", "a number, a tensor, or one of"),
+    BadCall("scale_shape", _set(scale=torch.ones(19)), ValueError, "scale", r"shape \[2, 19\], a number to each query"),
+    BadCall("scale_grad", _set(scale=torch.ones(2, 19, requires_grad=True)), ValueError, "scale", "one without"),
+    BadCall("normalizer", _set(normalizer="sum"), ValueError, "normalizer", "'visible', 'valid', 'chunk'"),
+    BadCall("lin_normalizer", _set(lin_normalizer="valid"), ValueError, "lin_normalizer", "'visible', 'length'"),
+    BadCall("lin_normalizer_0", _set(lin_normalizer=0), ValueError, "lin_normalizer", "a number other than 0"),
+    BadCall("bias_even", _set(bias=torch.ones(18)), ValueError, "bias", r"\[2·M − 1\]"),
+    BadCall("bias_short", _set(bias=torch.ones(13)), ValueError, "bias", "M at least 8"),
+    BadCall("bias_heads", _set(bias=torch.ones(2, 17)), ValueError, "bias", "as many heads as quad_q, 1"),
+    BadCall("bias_packed", _packed([0, 19], bias=torch.ones(13)), ValueError, "bias", "at least 15"),
+    BadCall("rope_one", _set(rope=torch.ones(19, 8)), TypeError, "rope", "a pair of tables"),
+    BadCall("rope_wide", _set(rope=_tables(half=9)), ValueError, "rope", "R at most 16"),
+    BadCall("rope_offset_alone", _set(rope_offset=1), ValueError, "rope_offset", "0, as rope is None"),
+    BadCall(
+        "mask_dtype", _set(key_padding_mask=torch.ones(2, 19)), TypeError, "key_padding_mask", "a tensor of dtype bool"
+    ),
+    BadCall(
+        "mask_shape",
+        _set(query_padding_mask=torch.ones(2, 8, dtype=torch.bool)),
+        ValueError,
+        "query_padding_mask",
+        r"shape \[2, 19\]",
+    ),
+    BadCall("cu_seqlens_dtype", _packed(torch.zeros(2)), TypeError, "cu_seqlens", "dtype int32"),
+    BadCall("cu_seqlens_large", _packed([0, 5, 20]), ValueError, "cu_seqlens", "the number of rows, 19"),
+    BadCall("cu_seqlens_descending", _packed([0, 5, 3]), ValueError, "cu_seqlens", "ascending"),
+    BadCall("backend", _set(backend="gpu"), ValueError, "backend", "'auto', 'cuda', 'triton', 'cpu', 'reference'"),
+)
+
+
+def flops(call: Call) -> int:
+    """Of both products within chunks, half of them if causal, and of the sum of states and its product with queries."""
+    q, k, v = call["quad_q"], call["quad_k"], call["v"]
+    tokens, heads, wide = math.prod(q.shape[:-2]), q.shape[-2], q.shape[-1] + v.shape[-1]
+    local = 2 * tokens * min(call["chunk_size"], q.shape[-3]) * heads * wide // (2 if call["causal"] else 1)
+    return local + 2 * tokens * (heads + k.shape[-2]) * q.shape[-1] * v.shape[-1]
+
+
+def bytes_(call: Call) -> int:
+    """Every input read once, o written once."""
+    q, k, v = call["quad_q"], call["quad_k"], call["v"]
+    wide = math.prod(q.shape[:-1]) * v.shape[-1]
+    return (2 * q.numel() + 2 * k.numel() + v.numel() + wide * (2 if "gate" in call else 1)) * q.itemsize
+
+
+def passes(backend: Any, problem: MixedProblem) -> Iterator[str]:
+    results = backend.run(problem)
+    yield "forward"
+    backend.run_backward(problem, results, results.o)
+    yield "backward"
+
+
+SPEC = OpSpec(
+    name="mixed_chunk_attention",
+    function=mixed_chunk_attention,
+    reference=reference,
+    backends=("cpu", "reference"),
+    dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    cannot={},
+    eager={},
+    differentiable=("quad_q", "quad_k", "lin_q", "lin_k", "v", "gate", "bias"),
+    cases=CASES,
+    make=make,
+    example="su",
+    differentiated="everything_small",
+    compiled=("su", "everything", "packed"),
+    bad_calls=BAD_CALLS,
+    flops=flops,
+    bytes=bytes_,
+    codegen=dict,
+    metered=dict,
+    passes=passes,
+    promises=(),
+    growth={"flops": {"length": 1.0, "batch": 1.0}, "bytes": {"length": 1.0, "batch": 1.0}},
+)
