@@ -1,7 +1,15 @@
 """Modules: parameters and state, no mathematics."""
 
 from .favor import FavorFeatures
+from .gated_attention import GatedAttentionCache, GatedAttentionUnit
 from .linear_attention import DecodingState, LinearAttention
 from .rotary import RotaryEmbedding
 
-__all__ = ["DecodingState", "FavorFeatures", "LinearAttention", "RotaryEmbedding"]
+__all__ = [
+    "DecodingState",
+    "FavorFeatures",
+    "GatedAttentionCache",
+    "GatedAttentionUnit",
+    "LinearAttention",
+    "RotaryEmbedding",
+]
