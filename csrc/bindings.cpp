@@ -5,6 +5,7 @@
 #include "common/tensor.h"
 #include "cpu/isa.h"
 #include "gau_attention/problem.h"
+#include "gau_inputs/problem.h"
 #include "linear_attention/problem.h"
 #include "mixed_chunk_attention/problem.h"
 #include "rope/problem.h"
@@ -62,6 +63,8 @@ PYBIND11_MODULE(KX_MODULE_NAME, m) {
   m.def("mixed_chunk_attention_cpu", &kx::mixed_chunk_attention::cpu, py::call_guard<py::gil_scoped_release>());
   m.def("mixed_chunk_attention_cpu_backward", &kx::mixed_chunk_attention::cpu_backward,
         py::call_guard<py::gil_scoped_release>());
+  m.def("gau_inputs_cpu", &kx::gau_inputs::cpu, py::call_guard<py::gil_scoped_release>());
+  m.def("gau_inputs_cpu_backward", &kx::gau_inputs::cpu_backward, py::call_guard<py::gil_scoped_release>());
 #endif
 #ifdef KX_HAS_CUDA
   m.attr("has_cuda") = true;

@@ -6,6 +6,7 @@ from . import nn
 from ._core.dispatch import UnsupportedError, backend
 from ._core.explain import explain
 from .ops.gau_attention.api import gau_attention
+from .ops.gau_inputs.api import gau_inputs
 from .ops.linear_attention.api import linear_attention, linear_attention_step
 from .ops.linear_attention.state import LinearAttentionState
 from .ops.mixed_chunk_attention.api import mixed_chunk_attention
@@ -18,6 +19,7 @@ __all__ = [
     "backend",
     "explain",
     "gau_attention",
+    "gau_inputs",
     "linear_attention",
     "linear_attention_step",
     "mixed_chunk_attention",

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import math
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from kx_kernels.compat import fast_transformers, fla, flash_pytorch, performer
+from kx_kernels.compat import fast_transformers, fla, flash_pytorch, gau_alpha, performer
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -305,3 +307,217 @@ def test_flash_pytorch(how: dict[str, Any], masked: bool) -> None:
         torch.testing.assert_close(a, b)
     if layer.causal:  # a number that groups do not divide
         torch.testing.assert_close(layer(x[:1, :11]), expected[:1, :11])
+
+
+def same(ours: Any, theirs: Any, module: nn.Module, x: Tensor) -> None:
+    """Two functions of x and of the module's parameters: values and all gradients."""
+    results = []
+    for function in (ours, theirs):
+        leaf = x.clone().requires_grad_()
+        y = function(leaf)
+        leaves = [leaf, *module.parameters()]
+        weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
+        results.append([y, *torch.autograd.grad((y * weights).sum(), leaves)])
+    assert all(g.any() for g in results[0])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def drawn(module: nn.Module) -> Any:
+    """In float64, every parameter a random number of order one."""
+    module = module.double()
+    with torch.no_grad():
+        for i, (name, p) in enumerate(module.named_parameters()):
+            p.copy_(random(*p.shape, seed=i) / (p.shape[-1] ** 0.5 if name.endswith("weight") and p.dim() > 1 else 1))
+    return module
+
+
+def t5_bucket(distance: int, causal: bool) -> int:
+    """Of key minus query, by the paper's rule for 32 buckets up to distance 128, one by one."""
+    buckets = 32 if causal else 16
+    upper = 16 if not causal and distance > 0 else 0
+    apart = max(-distance, 0) if causal else abs(distance)
+    if apart < buckets // 2:
+        return upper + apart
+    # Edges at (buckets / 2) · (256 / buckets) ** (i / (buckets / 2)): compared as whole powers, without a logarithm.
+    half = buckets // 2
+    i = sum(apart**half * half ** (i - half) >= 128**i for i in range(1, half))
+    return upper + min(half + i, buckets - 1)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_flash_t5_bias(causal: bool) -> None:
+    bias = drawn(flash_pytorch.T5RelativePositionBias(3.0, causal))
+    table = bias.relative_attention_bias.weight[:, 0]
+    expected = [3.0 * table[t5_bucket(r, causal)] for r in range(-299, 300)]
+    assert torch.equal(bias(300), torch.stack(expected))
+
+
+def flash_gau(m: Any, x: Tensor, mask: Tensor | None, extra: Tensor | None, laplace: bool) -> Tensor:
+    """The unit as its paper's appendix writes it, with a T5 bias, by scores."""
+    n, e = x.shape[1], m.to_out[0].in_features
+    h = m.norm(x)
+    hidden, z = F.silu(m.to_hidden[0](h)), F.silu(m.to_qk[0](h))
+    q, k = (z * m.offsetscale.gamma[i] + m.offsetscale.beta[i] for i in range(2))
+    place = torch.arange(n)
+    apart = place[None, :] - place[:, None]
+    bucket = torch.tensor([[t5_bucket(int(r), m.causal) for r in row] for row in apart])
+    scores = q @ k.mT + x.shape[-1] ** 0.5 * m.rel_pos_bias.relative_attention_bias.weight[bucket, 0]
+    if extra is not None:
+        scores = scores + extra[apart + n - 1]
+    scores = scores / n
+    laplace_cdf = torch.special.ndtr((scores - 0.5**0.5) * (4 * math.pi) ** 0.5)
+    a = laplace_cdf if laplace else F.relu(scores) ** 2
+    seen = torch.ones(len(x), n, n, dtype=torch.bool) if mask is None else mask[:, None, :].expand(-1, n, -1)
+    if m.causal:
+        seen = seen & (apart <= 0)
+    return m.to_out((a * seen) @ hidden[..., :e] * hidden[..., e:]) + (x if m.add_residual else 0)
+
+
+@pytest.mark.parametrize("laplace", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_flash_gau(causal: bool, laplace: bool, masked: bool) -> None:
+    how: dict[str, Any] = {"causal": causal, "laplace_attn_fn": laplace, "add_residual": not masked}
+    module = drawn(flash_pytorch.GAU(dim=12, query_key_dim=8, expansion_factor=1.5, **how))
+    with torch.no_grad():  # scores are divided by n twice over
+        module.rel_pos_bias.relative_attention_bias.weight.mul_(10)
+    x = random(2, 40, 12)
+    mask = torch.arange(40) < torch.tensor([[40], [29]]) if masked else None
+    extra = None if masked else random(79, seed=9)
+    same(lambda y: module(y, extra, mask), lambda y: flash_gau(module, y, mask, extra, laplace), module, x)
+
+
+def test_flash_gau_interface() -> None:
+    arguments = (
+        "dim, query_key_dim=128, expansion_factor=2.0, add_residual=True, causal=False, dropout=0.0, "
+        "laplace_attn_fn=False, rel_pos_bias=False, norm_klass=<class 'torch.nn.modules.normalization.LayerNorm'>"
+    )
+    assert signature(flash_pytorch.GAU) == arguments
+    assert signature(flash_pytorch.GAU.forward) == "self, x, rel_pos_bias=None, mask=None"
+    module = flash_pytorch.GAU(dim=12, query_key_dim=8, expansion_factor=1.5)
+    assert {name: list(x.shape) for name, x in module.state_dict().items()} == {
+        "norm.weight": [12],
+        "norm.bias": [12],
+        "rel_pos_bias.relative_attention_bias.weight": [32, 1],
+        "to_hidden.0.weight": [36, 12],
+        "to_hidden.0.bias": [36],
+        "to_qk.0.weight": [8, 12],
+        "to_qk.0.bias": [8],
+        "offsetscale.gamma": [2, 8],
+        "offsetscale.beta": [2, 8],
+        "to_out.0.weight": [12, 18],
+        "to_out.0.bias": [12],
+    }
+    with pytest.raises(ValueError, match=r"rel_pos_bias has shape \[9, 9\]; expected \[17\]"):
+        module(torch.randn(1, 9, 12), torch.zeros(9, 9))
+
+
+def test_flash_gau_drops_weights() -> None:
+    """Every weight is 0 or 1/(1 − p) times what it is: seen in an average over many draws, and in single ones."""
+    module = drawn(flash_pytorch.GAU(dim=12, query_key_dim=8, dropout=0.5, add_residual=False))
+    module.to_out[1].p = 0.0
+    x = random(1, 6, 12)
+    with torch.no_grad():
+        whole = module.eval()(x)
+        draws = module.train()(x.expand(4000, -1, -1)).unsqueeze(1)
+    assert not torch.equal(draws[0], draws[1])
+    assert bool(((draws.mean(0) - whole).abs() < 6 * draws.std(0) / 4000**0.5).all())
+    assert torch.equal(module.eval()(x), whole)
+
+
+def alpha_unit(m: Any, x: Tensor, mask: Tensor | None, table: tuple[Tensor, Tensor] | None) -> list[Tensor]:
+    """Su's unit by its scores: output and weights."""
+    e, s = m.intermediate_size, m.attention_key_size
+    u, v, z = (F.silu(m.i_dense(x)) if m.activation == "swish" else F.relu(m.i_dense(x))).split((e, e, s), -1)
+    heads = []
+    for affine in (m.q_scaleoffset, m.k_scaleoffset):
+        h = z * affine.weight + (affine.bias if m.use_bias else 0)
+        if table is not None:
+            turn = torch.complex(table[1], table[0])
+            h = torch.view_as_real(torch.view_as_complex(h.unflatten(-1, (s // 2, 2))) * turn).flatten(-2)
+        heads.append(h)
+    scores = heads[0] @ heads[1].mT / (s**0.5 if m.attention_scale else 1)
+    seen = torch.ones_like(scores) if mask is None else mask.expand_as(scores)
+    count = seen.sum(-1, keepdim=True)
+    if m.normalization == "squared_relu":
+        a = F.relu(scores) ** 2 * seen / count
+    else:
+        factor = count.log() / math.log(512) if m.normalization == "softmax_plus" else 1
+        a = (scores * factor).masked_fill(seen == 0, -math.inf).softmax(-1)
+    return [m.o_dense(u * (a @ v)), a]
+
+
+@pytest.mark.parametrize("normalization", gau_alpha.NORMALIZATIONS)
+@pytest.mark.parametrize("mask", ["none", "keys", "pairs"])
+@pytest.mark.parametrize("plain", [True, False])
+def test_gau_alpha(normalization: str, mask: str, plain: bool) -> None:
+    how: dict[str, Any] = {"use_bias": not plain, "attention_scale": plain, "activation": "swish" if plain else "relu"}
+    module = drawn(gau_alpha.GatedAttentionUnit(12, 24, 8, normalization=normalization, **how)).eval()
+    x, angles = random(2, 20, 12), random(1, 20, 4, seed=7)
+    table = (angles.sin(), angles.cos()) if plain else None
+    visible = {
+        "none": None,
+        "keys": (torch.arange(20) < torch.tensor([[20], [13]])).double()[:, None],
+        "pairs": torch.ones(20, 20, dtype=torch.float64).tril().expand(2, -1, -1)[:, 1:, 1:],
+    }[mask]
+    if mask == "pairs":  # no query sees one key alone
+        x, table = x[:, 1:], None
+        visible = torch.maximum(visible, torch.eye(19, dtype=torch.float64).roll(1, 1))
+    same(lambda y: module(y, visible, table)[0], lambda y: alpha_unit(module, y, visible, table)[0], module, x)
+    assert len(module(x, visible, table)) == 1
+    outputs = module(x, visible, table, output_attentions=True)
+    for a, b in zip(outputs, alpha_unit(module, x, visible, table), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_gau_alpha_interface() -> None:
+    arguments = (
+        "hidden_size=768, intermediate_size=1536, attention_key_size=128, activation=swish, use_bias=False, "
+        "normalization=softmax_plus, attention_scale=True, attention_dropout=0.1"
+    )
+    assert signature(gau_alpha.GatedAttentionUnit) == arguments
+    called = "self, hidden_states, attention_mask=None, sinusoidal_pos=None, output_attentions=False"
+    assert signature(gau_alpha.GatedAttentionUnit.forward) == called
+    names = {"i_dense", "o_dense", "q_scaleoffset", "k_scaleoffset"}
+    for use_bias, kinds in ((False, ("weight",)), (True, ("weight", "bias"))):
+        state = gau_alpha.GatedAttentionUnit(12, 24, 8, use_bias=use_bias).state_dict()
+        assert set(state) == {f"{name}.{kind}" for name in names for kind in kinds}
+        assert [list(state[f"{n}.weight"].shape) for n in ("i_dense", "o_dense", "q_scaleoffset")] == [
+            [56, 12],
+            [12, 24],
+            [8],
+        ]
+    for wrong in ({"normalization": "sigmoid"}, {"activation": "gelu"}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} is {next(iter(wrong.values()))!r}; expected"):
+            gau_alpha.GatedAttentionUnit(12, **wrong)
+
+
+@pytest.mark.parametrize("normalization", gau_alpha.NORMALIZATIONS)
+@pytest.mark.parametrize("rows", [1, 9])
+def test_gau_alpha_where_the_original_sees_padding(normalization: str, rows: int) -> None:
+    """A query that sees nothing gives o_dense of 0; whatever padding holds, it changes nothing else."""
+    module = drawn(gau_alpha.GatedAttentionUnit(12, 24, 8, normalization=normalization)).eval()
+    x = random(2, 9, 12)
+    mask = torch.ones(2, rows, 9)
+    mask[0], mask[1, :, 1:] = 0, 0
+    out = module(x, mask)[0]
+    assert not out[0].any()
+    x[1, 1:] = 1e6
+    torch.testing.assert_close(module(x, mask)[0][1, 0], out[1, 0])
+
+
+def test_gau_alpha_drops_weights() -> None:
+    module = drawn(gau_alpha.GatedAttentionUnit(12, 24, 8, attention_dropout=0.5))
+    x = random(1, 30, 12)
+    _, weights = module(x, output_attentions=True)
+    kept = weights != 0
+    assert 0.4 < kept.double().mean() < 0.6
+    whole = alpha_unit(module, x, None, None)[1]
+    torch.testing.assert_close(weights, torch.where(kept, 2 * whole, 0))
+    torch.manual_seed(1)
+    out, weights = module(x, output_attentions=True)
+    u, v, _ = F.silu(module.i_dense(x)).split((24, 24, 8), -1)
+    torch.testing.assert_close(out, module.o_dense(u * (weights @ v)))
+    torch.manual_seed(1)
+    assert torch.equal(module(x)[0], out)

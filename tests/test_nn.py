@@ -183,3 +183,106 @@ def test_flash_names_what_does_not_fit() -> None:
         flash(rotary=kx.nn.RotaryEmbedding(16))
     with pytest.raises(ValueError, match="rotary starts at dimension 2; expected 0"):
         flash(rotary=kx.nn.RotaryEmbedding(4, start=2))
+
+
+UNITS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rotary": {"rotary": kx.nn.RotaryEmbedding(8), "beta": False, "bias": False, "gamma_std": 0.5},
+    "softmax_plus": {"preset": "gau_alpha", "rotary": kx.nn.RotaryEmbedding(4, interleaved=False)},
+    "fixed_length": {"normalizer": 512.0, "activation": "relu", "expand_dim": 20},
+}
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_unit_is_its_formula(name: str) -> None:
+    """Su's definition by its scores, one sequence at a time, with gradients, padding in front and packed."""
+    unit = kx.nn.GatedAttentionUnit(16, key_dim=8, **UNITS[name]).double()
+    x = torch.randn(2, 20, 16, dtype=torch.float64)
+
+    def formula(x: Tensor) -> Tensor:
+        """Of one sequence [n, 16]."""
+        e, n = unit.expand_dim, len(x)
+        phi = torch.relu if unit.activation == "relu" else torch.nn.functional.silu
+        u, v, z = phi(unit.in_proj(x)).split((e, e, 8), -1)
+        q, k = (z * g + (0 if unit.beta is None else unit.beta[i]) for i, g in enumerate(unit.gamma))
+        if unit.rotary is not None:
+            q, k = (y[0, :, 0] for y in unit.rotary(q[None, :, None], k[None, :, None]))
+        scores = q @ k.mT / 8**0.5
+        if unit.preset == "gau_alpha":
+            a = (scores * torch.tensor(max(n, 16.0)).log() / torch.tensor(512.0).log()).softmax(-1)
+        else:
+            a = torch.relu(scores) ** 2 / (unit.normalizer or n)
+        return unit.out_proj(u * (a @ v))
+
+    def both(out: Tensor) -> list[Tensor]:
+        weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
+        return [out, *torch.autograd.grad((out * weights).sum(), list(unit.parameters()))]
+
+    for a, b in zip(both(unit(x)), both(torch.stack([formula(y) for y in x])), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)  # the tables of angles are in float32
+    keep = torch.ones(2, 20, dtype=torch.bool)
+    keep[0, 13:] = False
+    out = unit(x, key_padding_mask=keep)
+    torch.testing.assert_close(out[0, :13], formula(x[0, :13]), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(out[0, 13:], unit.out_proj(torch.zeros(7, unit.expand_dim, dtype=x.dtype)))
+    ends = torch.tensor([0, 20, 33], dtype=torch.int32)
+    packed = unit(x.flatten(0, 1)[:33], cu_seqlens=ends)
+    torch.testing.assert_close(packed[20:], formula(x[1, :13]), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_unit_goes_on_token_by_token(name: str) -> None:
+    """Prefill and steps give what one call on all tokens gives, padding in front included, and so does a new cache."""
+    unit = kx.nn.GatedAttentionUnit(16, key_dim=8, causal=True, **UNITS[name]).double()
+    x = torch.randn(2, 12, 16, dtype=torch.float64)
+    keep = torch.ones(2, 12, dtype=torch.bool)
+    keep[0, :3] = False
+    whole = unit(x, key_padding_mask=keep)
+    first, cache = unit.prefill(x[:, :5], key_padding_mask=keep[:, :5])
+    rest = [unit.step(x[:, t : t + 1], cache) for t in range(5, 12)]
+    torch.testing.assert_close(torch.cat([first, *rest], 1), whole)
+    cache = unit.new_cache(2)
+    torch.testing.assert_close(torch.cat([unit.step(x[:, :3], cache), unit.step(x[:, 3:], cache)], 1), unit(x))
+    assert cache.length == 12
+
+
+def test_unit_trains_in_bfloat16_and_under_autocast() -> None:
+    for autocast in (False, True):
+        unit = kx.nn.GatedAttentionUnit(16, key_dim=8, rotary=kx.nn.RotaryEmbedding(8))
+        unit = unit if autocast else unit.bfloat16()
+        x = torch.randn(1, 9, 16, dtype=unit.gamma.dtype, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = unit(x)
+        assert out.dtype == torch.bfloat16
+        out.float().square().sum().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in (x, *unit.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ({"activation": "gelu"}, "activation is 'gelu'; expected one of silu, relu, identity, swish"),
+        ({"preset": "bert"}, "preset is 'bert'; expected one of su"),
+        ({"rotary": kx.nn.RotaryEmbedding(16)}, "dimensions 0 to 16; expected to start at 0 and end by key_dim = 8"),
+        ({"rotary": kx.nn.RotaryEmbedding(4, start=2)}, "dimensions 2 to 6; expected to start at 0"),
+    ],
+)
+def test_wrong_units_are_named(how: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        kx.nn.GatedAttentionUnit(16, key_dim=8, **how)
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ({}, "causal is False"),
+        ({"causal": True, "preset": "flash"}, "scale is 'length', which later tokens change"),
+        ({"causal": True, "normalizer": "valid"}, "normalizer is 'valid', which later tokens change"),
+    ],
+)
+def test_units_that_see_the_future_do_not_go_on(how: dict[str, Any], says: str) -> None:
+    unit = kx.nn.GatedAttentionUnit(16, key_dim=8, **how)
+    with pytest.raises(ValueError, match=says):
+        unit.prefill(torch.randn(1, 3, 16))
+    with pytest.raises(ValueError, match=says):
+        unit.step(torch.randn(1, 1, 16), unit.new_cache(1))

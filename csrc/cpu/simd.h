@@ -115,6 +115,8 @@ inline Floats scale_by_power(Floats x, Floats n) { return {_mm512_scalef_ps(x.v,
 inline Floats nearest(Floats x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT)}; }
 inline Floats mul(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Doubles mul(Doubles a, Doubles b) { return {_mm512_mul_pd(a.v, b.v)}; }
+inline Floats div(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Doubles div(Doubles a, Doubles b) { return {_mm512_div_pd(a.v, b.v)}; }
 inline Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Doubles fma(Doubles a, Doubles b, Doubles c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
 inline Floats fms(Floats a, Floats b, Floats c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }
@@ -190,6 +192,8 @@ inline Floats scale_by_power(Floats x, Floats n) {
 inline Floats nearest(Floats x) { return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Floats mul(Floats a, Floats b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline Doubles mul(Doubles a, Doubles b) { return {_mm256_mul_pd(a.v, b.v)}; }
+inline Floats div(Floats a, Floats b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline Doubles div(Doubles a, Doubles b) { return {_mm256_div_pd(a.v, b.v)}; }
 inline Floats fma(Floats a, Floats b, Floats c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Doubles fma(Doubles a, Doubles b, Doubles c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
 inline Floats fms(Floats a, Floats b, Floats c) { return {_mm256_fmsub_ps(a.v, b.v, c.v)}; }
@@ -258,6 +262,10 @@ inline Floats nearest(Floats x) { KX_EACH_LANE(Floats, std::nearbyint(x.v[i])); 
 template <class A>
 inline A mul(A a, A b) {
   KX_EACH_LANE(A, a.v[i] * b.v[i]);
+}
+template <class A>
+inline A div(A a, A b) {
+  KX_EACH_LANE(A, a.v[i] / b.v[i]);
 }
 #if defined(__FP_FAST_FMA) && defined(__FP_FAST_FMAF)
 template <class A>

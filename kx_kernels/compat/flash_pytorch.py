@@ -1,4 +1,4 @@
-"""Stands in for FLASH-pytorch's layer of mixed-chunk attention."""
+"""Stands in for FLASH-pytorch: its gated attention unit, and its layer of mixed-chunk attention."""
 
 from __future__ import annotations
 
@@ -10,29 +10,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.gau_attention.api import gau_attention
+from ..ops.gau_inputs.api import gau_inputs
 from ..ops.mixed_chunk_attention.api import mixed_chunk_attention
 
 
 class OffsetScale(nn.Module):
-    """[..., dim] to `heads` tensors of that shape, x ⊙ γ + β with a γ and a β each."""
+    """Scales γ and offsets β of heads, each [heads, dim]: parameters only."""
 
     def __init__(self, dim: int, heads: int = 1) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(0.02 * torch.randn(heads, dim))
+        self.gamma = nn.Parameter(torch.empty(heads, dim))
         self.beta = nn.Parameter(torch.zeros(heads, dim))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return torch.addcmul(self.beta.to(x.dtype), x.unsqueeze(-2), self.gamma.to(x.dtype)).unbind(-2)
+        nn.init.normal_(self.gamma, std=0.02)
 
 
 class T5RelativePositionBias(nn.Module):
-    """A learned number to each of the distances of T5: near ones alone, far ones in buckets that grow with them.
-
-    Args:
-        scale: what the numbers are multiplied with.
-        causal: keys after the query share the bucket of distance 0.
-        num_buckets: of them; half for each direction if not causal.
-        max_distance: from which on all share the last.
+    """A learned bias for each bucket of distances: single up to a quarter of the buckets (half, if causal), then in
+    steps that grow, and one for all from `max_distance` on. Calling it with a length n gives the biases [2·n − 1] of
+    the distances j − i, from −(n − 1) on; the original gives them as an n × n matrix.
     """
 
     def __init__(self, scale: float, causal: bool = False, num_buckets: int = 32, max_distance: int = 128) -> None:
@@ -44,20 +40,90 @@ class T5RelativePositionBias(nn.Module):
         self.relative_attention_bias = nn.Embedding(num_buckets, 1)
 
     def forward(self, length: int) -> Tensor:
-        """[2·length − 1]: by the distance from query to key, as `kx_kernels` takes it."""
-        weight = self.relative_attention_bias.weight
-        back = torch.arange(length - 1, -length, -1, device=weight.device)  # how far the key is before the query
-        buckets, first = self.num_buckets, 0 * back
-        if self.causal:
-            back = back.clamp(min=0)
+        back = torch.arange(length - 1, -length, -1, device=self.relative_attention_bias.weight.device)  # i − j
+        buckets = self.num_buckets if self.causal else self.num_buckets // 2
+        apart = back.clamp(min=0) if self.causal else back.abs()
+        single = buckets // 2
+        # In float32 and in this order, as the original has it: some distances lie on a bucket's edge.
+        steps = (apart.clamp(min=1).float() / single).log() / math.log(self.max_distance / single)
+        grown = (single + (steps * (buckets - single)).long()).clamp(max=buckets - 1)
+        bucket = torch.where(apart < single, apart, grown)
+        if not self.causal:
+            bucket = torch.where(back < 0, bucket + buckets, bucket)
+        return self.relative_attention_bias(bucket).squeeze(-1) * self.scale
+
+
+class GAU(nn.Module):
+    """A gated attention unit of FLASH-pytorch, with its norm and residual: [b, n, dim] to [b, n, dim].
+
+    Args:
+        dim: width of inputs and outputs.
+        query_key_dim: of queries and keys.
+        expansion_factor: gate and values have int(expansion_factor · dim) dimensions.
+        add_residual: whether the input is added to the output.
+        causal: a query sees no key after it.
+        dropout: of attention weights and of the output. While it trains with dropout, the weights are n × n in memory.
+        laplace_attn_fn: weights by the Laplace function, by the square of relu otherwise.
+        rel_pos_bias: taken and not used, as in the original: there always is a T5 bias.
+        norm_klass: called with `dim`, makes the norm.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        query_key_dim: int = 128,
+        expansion_factor: float = 2.0,
+        add_residual: bool = True,
+        causal: bool = False,
+        dropout: float = 0.0,
+        laplace_attn_fn: bool = False,
+        rel_pos_bias: bool = False,
+        norm_klass: Callable[[int], nn.Module] = nn.LayerNorm,
+    ) -> None:
+        super().__init__()
+        hidden_dim = int(expansion_factor * dim)
+        self.norm = norm_klass(dim)
+        self.causal = causal
+        self.dropout = nn.Dropout(dropout)
+        self.activation = "laplace" if laplace_attn_fn else "relu2"
+        self.rel_pos_bias = T5RelativePositionBias(dim**0.5, causal)
+        self.to_hidden = nn.Sequential(nn.Linear(dim, 2 * hidden_dim))  # values, gate: before their silu
+        self.to_qk = nn.Sequential(nn.Linear(dim, query_key_dim))
+        self.offsetscale = OffsetScale(query_key_dim, 2)
+        self.to_out = nn.Sequential(nn.Linear(hidden_dim, dim), nn.Dropout(dropout))
+        self.add_residual = add_residual
+
+    def forward(self, x: Tensor, rel_pos_bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """[b, n, dim].
+
+        Args:
+            rel_pos_bias: added to scores beside the T5 bias: a vector [2·n − 1] by distance j − i. (The original takes
+                what an n × n matrix of scores can be added to; that is an error here.)
+            mask: [b, n], bool, False for keys that nothing sees.
+        """
+        length = x.shape[1]
+        bias = self.rel_pos_bias(length)
+        if rel_pos_bias is not None:
+            if rel_pos_bias.shape != bias.shape:
+                given = list(rel_pos_bias.shape)
+                raise ValueError(f"rel_pos_bias has shape {given}; expected [{len(bias)}], biases by distance j − i")
+            bias = bias + rel_pos_bias
+        normed = self.norm(x)
+        v, gate = self.to_hidden(normed).chunk(2, -1)
+        rows = gau_inputs(gate, v, self.to_qk(normed), self.offsetscale.gamma, self.offsetscale.beta)
+        gate, v, q, k = (y.unsqueeze(2) for y in rows)
+        how: dict[str, Any] = {"preset": "flash", "activation": self.activation, "causal": self.causal, "bias": bias}
+        if mask is not None:
+            how |= {"key_padding_mask": mask, "query_padding_mask": torch.ones_like(mask)}
+        if self.training and self.dropout.p > 0:
+            one_by_one = torch.eye(length, dtype=v.dtype, device=v.device)[None, :, None].expand(len(x), -1, -1, -1)
+            weights = self.dropout(gau_attention(q, k, one_by_one, **how))  # [b, n, 1, n]
+            out = gate * torch.einsum("bihj,bjhe->bihe", weights, v)
         else:
-            buckets //= 2
-            first = torch.where(back < 0, buckets, 0)
-            back = back.abs()
-        exact = buckets // 2
-        growth = torch.log(back.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
-        far = (exact + (growth * (buckets - exact)).long()).clamp(max=buckets - 1)
-        return weight[first + torch.where(back < exact, back, far), 0] * self.scale
+            out = gau_attention(q, k, v, gate, **how)
+        out = self.to_out(out.squeeze(2))
+        return out + x if self.add_residual else out
 
 
 class FLASH(nn.Module):
@@ -103,8 +169,8 @@ class FLASH(nn.Module):
         self.rel_pos_bias = T5RelativePositionBias(query_key_dim**0.5, causal=causal)
         self.norm = norm_klass(dim)
         self.dropout = nn.Dropout(dropout)
-        self.to_hidden = nn.Sequential(nn.Linear(dim, hidden_dim * 2), nn.SiLU())
-        self.to_qk = nn.Sequential(nn.Linear(dim, query_key_dim), nn.SiLU())
+        self.to_hidden = nn.Sequential(nn.Linear(dim, hidden_dim * 2))  # values, gate: before their silu
+        self.to_qk = nn.Sequential(nn.Linear(dim, query_key_dim))
         self.qk_offset_scale = OffsetScale(query_key_dim, heads=4)
         self.to_out = nn.Linear(hidden_dim, dim)
 
@@ -120,9 +186,10 @@ class FLASH(nn.Module):
             shifted, kept = normed.chunk(2, -1)
             normed = torch.cat((F.pad(shifted, (0, 0, 1, -1)), kept), -1)
         v, gate = self.to_hidden(normed).chunk(2, -1)
-        features = self.qk_offset_scale(self.to_qk(normed))
+        scales = self.qk_offset_scale
+        gate, v, *features = gau_inputs(gate, v, self.to_qk(normed), scales.gamma, scales.beta)
         if self.rotary_pos_emb is not None:
-            features = tuple(self.rotary_pos_emb.rotate_queries_or_keys(x) for x in features)
+            features = [self.rotary_pos_emb.rotate_queries_or_keys(x) for x in features]
         quad_q, lin_q, quad_k, lin_k = features
         rows = [t.unsqueeze(-2) for t in (quad_q, quad_k, lin_q, lin_k, v, gate)]  # [b, n, 1, s or e]
         if mask is not None:

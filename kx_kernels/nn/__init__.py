@@ -2,7 +2,16 @@
 
 from .favor import FavorFeatures
 from .flash import FLASH
+from .gated_attention import GatedAttentionCache, GatedAttentionUnit
 from .linear_attention import DecodingState, LinearAttention
 from .rotary import RotaryEmbedding
 
-__all__ = ["FLASH", "DecodingState", "FavorFeatures", "LinearAttention", "RotaryEmbedding"]
+__all__ = [
+    "FLASH",
+    "DecodingState",
+    "FavorFeatures",
+    "GatedAttentionCache",
+    "GatedAttentionUnit",
+    "LinearAttention",
+    "RotaryEmbedding",
+]

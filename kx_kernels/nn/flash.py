@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.gau_inputs.api import gau_inputs
 from ..ops.mixed_chunk_attention.api import mixed_chunk_attention
 from .rotary import RotaryEmbedding
 
 
 class FLASH(nn.Module):
-    """A gated unit of mixed-chunk attention, [B, n, embed_dim] to the same; two stand in for attention and feed-forward.
+    """A gated unit of mixed-chunk attention, [B, n, embed_dim] to the same; two are an attention and a feed-forward.
 
     u, v, z = silu(in_proj(x)), split into widths e, e and s; quad_q, quad_k, lin_q, lin_k = z ⊙ γ + β with a γ and a β
     each; out_proj(mixed_chunk_attention(quad_q, quad_k, lin_q, lin_k, v, u)). One head; neither norm nor residual.
@@ -72,9 +72,9 @@ class FLASH(nn.Module):
             cu_seqlens: [N + 1], int32: where packed sequences begin.
         """
         widths = (self.value_dim, self.value_dim, self.key_dim)
-        u, v, z = F.silu(self.in_proj(x)).unsqueeze(-2).split(widths, -1)  # [..., 1, width]
-        features = torch.addcmul(self.beta.to(z.dtype), z, self.gamma.to(z.dtype))  # [..., 4, s]
-        quad_q, quad_k, lin_q, lin_k = features.split(1, -2)
+        u, v, z = self.in_proj(x).split(widths, -1)
+        rows = gau_inputs(u, v, z, self.gamma, self.beta)
+        u, v, quad_q, quad_k, lin_q, lin_k = (y.unsqueeze(-2) for y in rows)  # [..., 1, width]
         how: dict[str, Any] = {"preset": self.preset, "activation": self.activation, "causal": self.causal}
         if self.rotary is not None:
             length = x.shape[0] if cu_seqlens is not None else x.shape[1]

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._core.padding import ends_of
 from ..._core.rounding import HeldGradient
 from ..rope.reference import rope as rotate
 from .presets import SOFTMAXES, resolve
@@ -175,7 +174,7 @@ def _packed(ends_q: Tensor, ends_k: Tensor, call: dict[str, Any]) -> Tensor:
     """Every sequence alone; rows of none give 0."""
     q, k, v, gate, offset = (call[name] for name in ("q", "k", "v", "gate", "rope_offset"))
     (total, heads, _), d_v = q.shape, v.shape[-1]
-    of_queries, of_keys = ends_of(ends_q, total), ends_of(ends_k, k.shape[0])
+    of_queries, of_keys = ends_q.tolist(), ends_k.tolist()
     key_mask, query_mask = call["key_padding_mask"], call["query_padding_mask"]
     if query_mask is None:
         shared = key_mask is not None and q.shape[0] == k.shape[0]

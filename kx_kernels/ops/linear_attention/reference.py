@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._core.padding import ends_of, without_padding
+from ..._core.padding import without_padding
 from ..._core.rounding import HeldGradient
 from ..rope.reference import rope as rotate
 from .state import LinearAttentionState
@@ -171,7 +171,7 @@ def _packed(cu_seqlens: Tensor, call: dict[str, Any]) -> Tensor | tuple[Tensor, 
     )
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     (total, heads, d_k), (_, heads_k, d_v) = q.shape, v.shape
-    ends = ends_of(cu_seqlens, total)
+    ends = cu_seqlens.tolist()
     outs = [v.new_zeros(ends[0], heads, d_v) + q[:0].sum()]  # a function of q, sequences or none
     kv, z = [q.new_zeros(0, heads_k, d_k, d_v, dtype=exact)], [q.new_zeros(0, heads_k, d_k, dtype=exact)]
     for n, (start, end) in enumerate(itertools.pairwise(ends)):
