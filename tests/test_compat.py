@@ -244,8 +244,8 @@ def flash_by_groups(layer: Any, x: Tensor, mask: Tensor, turn: Any, shift: bool,
     if shift:
         before = torch.cat((torch.zeros_like(y[:, :1]), y[:, :-1]), 1)
         y = torch.cat((before[..., : y.shape[2] // 2], y[..., y.shape[2] // 2 :]), -1)
-    v, gate = layer.to_hidden(y).chunk(2, -1)
-    z = layer.to_qk(y)
+    v, gate = F.silu(layer.to_hidden(y)).chunk(2, -1)
+    z = F.silu(layer.to_qk(y))
     qq, lq, qk, lk = (
         turn(z * a + b) for a, b in zip(layer.qk_offset_scale.gamma, layer.qk_offset_scale.beta, strict=True)
     )

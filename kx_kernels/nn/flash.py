@@ -73,7 +73,7 @@ class FLASH(nn.Module):
         """
         widths = (self.value_dim, self.value_dim, self.key_dim)
         u, v, z = self.in_proj(x).split(widths, -1)
-        rows = gau_inputs(u, v, z, self.gamma, self.beta)
+        rows = gau_inputs(u, v, z, self.gamma, self.beta, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens)
         u, v, quad_q, quad_k, lin_q, lin_k = (y.unsqueeze(-2) for y in rows)  # [..., 1, width]
         how: dict[str, Any] = {"preset": self.preset, "activation": self.activation, "causal": self.causal}
         if self.rotary is not None:
