@@ -243,16 +243,18 @@ class Block {
     for (int step = 0; step < steps; ++step) {
       wait_copies<F::kStages - 2>();
       sync();
-      const int next = step + F::kStages - 1;
-      if (next < steps) {
-        fetch(shared.stages[next % F::kStages], next);
-      }
-      commit_copies();
       Stage<F>& stage = shared.stages[step % F::kStages];
+      const auto fetch_next = [&] {
+        const int next = step + F::kStages - 1;
+        if (next < steps) {
+          fetch(shared.stages[next % F::kStages], next);
+        }
+        commit_copies();
+      };
       if constexpr (kTurnedA) {
-        multiply<T, true, kTurnedB>(d, stage.turned_a, 16 * warp, b<kTurnedB>(stage), 0, F::kDepth);
+        multiply<T, true, kTurnedB>(d, stage.turned_a, 16 * warp, b<kTurnedB>(stage), 0, F::kDepth, fetch_next);
       } else {
-        multiply<T, false, kTurnedB>(d, stage.a, 16 * warp, b<kTurnedB>(stage), 0, F::kDepth);
+        multiply<T, false, kTurnedB>(d, stage.a, 16 * warp, b<kTurnedB>(stage), 0, F::kDepth, fetch_next);
       }
       seen(stage);
     }
@@ -751,11 +753,19 @@ __device__ __forceinline__ void add_diagonals(const Pass& pass, int64_t id) {
 
 template <class F, bool kBackward>
 __global__ void __launch_bounds__(kThreads, 1) gau_scores_kernel(const __grid_constant__ Pass pass) {
-  make_scores<F, kBackward>(pass, shared_memory<Shared<F>>(), static_cast<int>(blockIdx.x));
+  if constexpr (runs_here<typename F::T, F::kWgmma>()) {
+    make_scores<F, kBackward>(pass, shared_memory<Shared<F>>(), static_cast<int>(blockIdx.x));
+  } else {
+    __trap();
+  }
 }
 template <class F>
 __global__ void __launch_bounds__(kThreads, 1) gau_out_kernel(const __grid_constant__ Pass pass) {
-  make_out(pass, shared_memory<Shared<F>>(), static_cast<int>(blockIdx.x));
+  if constexpr (runs_here<typename F::T, F::kWgmma>()) {
+    make_out(pass, shared_memory<Shared<F>>(), static_cast<int>(blockIdx.x));
+  } else {
+    __trap();
+  }
 }
 template <class T>
 __global__ void __launch_bounds__(kThreads) gau_prepare_kernel(const __grid_constant__ Pass pass) {
@@ -763,11 +773,19 @@ __global__ void __launch_bounds__(kThreads) gau_prepare_kernel(const __grid_cons
 }
 template <class F>
 __global__ void __launch_bounds__(kThreads, 1) gau_values_kernel(const __grid_constant__ Pass pass) {
-  make_value_gradients(pass, shared_memory<Shared<F>>(), static_cast<int>(blockIdx.x));
+  if constexpr (runs_here<typename F::T, F::kWgmma>()) {
+    make_value_gradients(pass, shared_memory<Shared<F>>(), static_cast<int>(blockIdx.x));
+  } else {
+    __trap();
+  }
 }
 template <class F>
 __global__ void __launch_bounds__(kThreads, 1) gau_rows_kernel(const __grid_constant__ Pass pass) {
-  make_row_gradients(pass, shared_memory<Shared<F>>(), static_cast<int>(blockIdx.x));
+  if constexpr (runs_here<typename F::T, F::kWgmma>()) {
+    make_row_gradients(pass, shared_memory<Shared<F>>(), static_cast<int>(blockIdx.x));
+  } else {
+    __trap();
+  }
 }
 __global__ void __launch_bounds__(kThreads) gau_bias_kernel(const __grid_constant__ Pass pass) {
   add_diagonals(pass, blockIdx.x);
