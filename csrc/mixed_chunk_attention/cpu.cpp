@@ -89,7 +89,7 @@ class Worker : public gau_attention::KX_ISA::Worker<T, A> {
         this->multiply(count, key_dim, value_dim, wide, vw, 1, turned, kw, lin, kw, false);
         for (int i = 0; i < count; ++i) {
           const int64_t at = s.query_row + first + i;
-          scale_row(keep_query[i], this->scale(p.lin_scale, p.d, s, at), key_dim, lin + i * kw);
+          scale_row(this->scale(p.lin_scale, p.d, s, at), lin + i * kw);
           store(lin + i * kw, key_dim, p.grad_lin_q, s.batch, at, head);
           if (p.grad_gate.data != nullptr) {
             this->backward_gate(s.batch, at, head);
@@ -157,9 +157,9 @@ class Worker : public gau_attention::KX_ISA::Worker<T, A> {
     }
   }
 
-  static void scale_row(bool kept, A c, int n, A* x) {
-    for (int i = 0; i < n; ++i) {
-      x[i] = kept ? c * x[i] : A{0};
+  void scale_row(A c, A* x) const {
+    for (int i = 0; i < key_dim; ++i) {
+      x[i] *= c;
     }
   }
   void store(const A* from, int n, const View& x, int64_t batch, int64_t at, int64_t head) const {
@@ -173,7 +173,7 @@ class Worker : public gau_attention::KX_ISA::Worker<T, A> {
       keep_query[i] = this->keeps(p.query_mask, p.query_mask_stride, s.batch, at);
       this->load_kept(keep_query[i], this->template element<const T>(p.lin_q, s.batch, at, head), p.lin_q.stride[3],
                       key_dim, lin + i * kw);
-      scale_row(keep_query[i], this->scale(p.lin_scale, p.d, s, at), key_dim, lin + i * kw);
+      scale_row(this->scale(p.lin_scale, p.d, s, at), lin + i * kw);
     }
   }
   // Gradients of a block's sums, before c and d, to `wide`.
@@ -195,12 +195,8 @@ class Worker : public gau_attention::KX_ISA::Worker<T, A> {
   }
 
   void add_linear(const Sequence& s, int64_t head, int64_t first, const A* state) {
-    const int count = this->block_of(s, first);
     load_queries(s, head, first);
-    this->multiply_wide(count, value_dim, key_dim, lin, kw, 1, state, vw, wide);
-    for (int i = 0; i < count; ++i) {
-      scale_row(keep_query[i], A{1}, value_dim, wide + static_cast<size_t>(i) * vw);  // 0 · NaN is no 0
-    }
+    this->multiply_wide(this->block_of(s, first), value_dim, key_dim, lin, kw, 1, state, vw, wide);
   }
 
   void add_linear_gradients(const Segment& g, const Sequence& s, int64_t key, const A* state) {
@@ -209,8 +205,6 @@ class Worker : public gau_attention::KX_ISA::Worker<T, A> {
     this->multiply_wide(keys, value_dim, key_dim, lin, kw, 1, state, vw, this->grad_v);
     this->multiply(keys, key_dim, value_dim, this->v, vw, 1, turned, kw, lin, kw, false);
     for (int j = 0; j < keys; ++j) {
-      scale_row(keep_key[j], A{1}, value_dim, this->grad_v + static_cast<size_t>(j) * vw);
-      scale_row(keep_key[j], A{1}, key_dim, lin + j * kw);
       store(lin + j * kw, key_dim, p.grad_lin_k, s.batch, s.key_row + key + j, g.kv_head);
     }
   }
