@@ -26,7 +26,7 @@ BELOW = {
     "_problem": set(),
     "tables": set(),
     "_native": {"_problem"},
-    "_triton": {"_problem", "_triton_kernel"},
+    "_triton": {"_problem", "_triton_kernel", "presets"},
     "_triton_kernel": set(),
     "_backends": {"_problem", "_native", "_triton", "reference", "state", "presets"},
     "_autograd": {"_problem", "_backends"},
