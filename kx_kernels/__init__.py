@@ -8,6 +8,7 @@ from ._core.explain import explain
 from .ops.gau_attention.api import gau_attention
 from .ops.linear_attention.api import linear_attention, linear_attention_step
 from .ops.linear_attention.state import LinearAttentionState
+from .ops.nystrom_attention.api import nystrom_attention
 from .ops.rope.api import rope
 from .ops.rope.tables import rope_tables
 
@@ -20,6 +21,7 @@ __all__ = [
     "linear_attention",
     "linear_attention_step",
     "nn",
+    "nystrom_attention",
     "rope",
     "rope_tables",
 ]
