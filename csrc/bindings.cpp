@@ -6,6 +6,7 @@
 #include "cpu/isa.h"
 #include "gau_attention/problem.h"
 #include "linear_attention/problem.h"
+#include "nystrom_attention/problem.h"
 #include "rope/problem.h"
 #ifdef KX_EMULATION
 #include "emulation/block.h"
@@ -58,6 +59,11 @@ PYBIND11_MODULE(KX_MODULE_NAME, m) {
   m.def("linear_attention_cpu_backward", &kx::linear_attention::cpu_backward, py::call_guard<py::gil_scoped_release>());
   m.def("gau_attention_cpu", &kx::gau_attention::cpu, py::call_guard<py::gil_scoped_release>());
   m.def("gau_attention_cpu_backward", &kx::gau_attention::cpu_backward, py::call_guard<py::gil_scoped_release>());
+  m.def("nystrom_attention_cpu", &kx::nystrom_attention::cpu, py::call_guard<py::gil_scoped_release>());
+  m.def("nystrom_attention_cpu_matrices", &kx::nystrom_attention::cpu_matrices,
+        py::call_guard<py::gil_scoped_release>());
+  m.def("nystrom_attention_cpu_backward", &kx::nystrom_attention::cpu_backward,
+        py::call_guard<py::gil_scoped_release>());
 #endif
 #ifdef KX_HAS_CUDA
   m.attr("has_cuda") = true;

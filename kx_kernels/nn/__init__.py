@@ -2,6 +2,7 @@
 
 from .favor import FavorFeatures
 from .linear_attention import DecodingState, LinearAttention
+from .nystrom_attention import NystromAttention
 from .rotary import RotaryEmbedding
 
-__all__ = ["DecodingState", "FavorFeatures", "LinearAttention", "RotaryEmbedding"]
+__all__ = ["DecodingState", "FavorFeatures", "LinearAttention", "NystromAttention", "RotaryEmbedding"]

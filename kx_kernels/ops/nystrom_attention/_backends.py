@@ -81,13 +81,15 @@ def _run_reference_backward(p: Problem, results: Results, grad_o: Tensor) -> Gra
 
 @functools.cache
 def backends() -> tuple[dispatch.Backend, ...]:
+    from . import _native
+
     def absent(p: Problem) -> str:
         return "it has no such kernel yet"
 
     return (
         dispatch.Backend("cuda", absent, absent),
         dispatch.Backend("triton", absent, absent),
-        dispatch.Backend("cpu", absent, absent),
+        dispatch.Backend("cpu", _native.cpu_unsupported, _native.run_cpu, _native.run_cpu_backward),
         dispatch.Backend("reference", lambda problem: None, _run_reference, _run_reference_backward),
     )
 
@@ -171,7 +173,7 @@ def _op_gradients(ctx, grad_o, *unused):
 library.register(f"nystrom_attention({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", _op, _fake)
 library.register(
     f"nystrom_attention_backward({_ARGUMENTS}, Tensor landmarks_q, Tensor landmarks_k, Tensor summary, "
-    "Tensor weighted, Tensor lse, Tensor grad_o) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor weighted, Tensor norms, Tensor grad_o) -> (Tensor, Tensor, Tensor, Tensor)",
     _op_backward,
     _fake_backward,
 )

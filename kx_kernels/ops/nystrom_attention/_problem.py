@@ -58,7 +58,7 @@ class Results(NamedTuple):
     landmarks_k: Tensor  # [N, H, m, D]: K̃
     summary: Tensor  # [N, H, m, D_v]: Y
     weighted: Tensor  # [N, H, m, D_v]: W
-    lse: Tensor  # [N, H, m]: of rows of B, the logarithm of what they are divided by
+    norms: Tensor  # [N, H, m, 2]: of rows of B, the largest score x, and Σ e^(score − x)
 
 
 class Gradients(NamedTuple):
@@ -73,7 +73,7 @@ class Gradients(NamedTuple):
 def empty_results(p: NystromProblem) -> Results:
     (batch, n_q, heads, dim), value_dim = p.q.shape, p.v.shape[3]
     lead = (p.divisors_q.shape[0], heads, p.divisors_q.shape[1])
-    shapes = ((*lead, dim), (*lead, dim), (*lead, value_dim), (*lead, value_dim), lead)
+    shapes = ((*lead, dim), (*lead, dim), (*lead, value_dim), (*lead, value_dim), (*lead, 2))
     return Results(
         p.q.new_empty(batch, n_q, heads, value_dim), *(p.q.new_empty(shape, dtype=p.wide) for shape in shapes)
     )
