@@ -25,7 +25,7 @@ BELOW = {
     "presets": set(),
     "_problem": set(),
     "tables": set(),
-    "_native": {"_problem"},
+    "_native": {"_problem", "presets"},
     "_triton": {"_problem", "_triton_kernel", "presets"},
     "_triton_kernel": set(),
     "_backends": {"_problem", "_native", "_triton", "reference", "state", "presets"},
