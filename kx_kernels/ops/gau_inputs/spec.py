@@ -293,8 +293,8 @@ SPEC = OpSpec(
     metered=metered,
     passes=passes,
     promises=(
-        # Of four heads that turn in part, and of positions, little is wide; so are the sums over rows, in float64.
-        KernelPromise("triton", "flash|packed", max_registers=128, wide=0.4, blocks=2),
+        # A thread has less than 16 bytes of half a head or of a part of it; positions are scalars.
+        KernelPromise("triton", "half|flash|packed", max_registers=128, wide=0.4, blocks=2),
         KernelPromise("triton", max_registers=128, wide=0.7, blocks=2),
     ),
     growth={"flops": {"length": 1.0, "batch": 1.0}, "bytes": {"length": 1.0, "batch": 1.0}},
