@@ -104,7 +104,7 @@ class Worker : public gau_attention::KX_ISA::Worker<T, A> {
 
   // Gradients of the others. `state` is U after the segment, and becomes U before it; or, if not causal, U of the
   // sequence. `grad_queries` [n of the sequence, heads, kw] are zeros, `grad_bias` sums of [bias_heads, distances].
-  void backward_keys(const Segment& g, A* state, A* grad_queries, A* grad_bias) {
+  void backward_keys(const Segment& g, A* state, A* grad_queries, double* grad_bias) {
     for (int64_t place = (g.end - 1) / p.chunk * p.chunk; place >= g.begin; place -= p.chunk) {
       const Sequence s = chunk(g, place);
       A* const queries = grad_queries + place * p.heads * kw;
@@ -316,18 +316,18 @@ void backward(const Problem& p, int threads) {
 
   const int64_t width = W(p, true).row_width(), distances = p.bias_heads * p.distances;
   Buffer<A> grad_q = zeros<A>(static_cast<size_t>(p.batch * p.queries * p.heads * width));
-  Buffer<A> grad_bias = zeros<A>(static_cast<size_t>(count * distances));
+  Buffer<double> grad_bias = zeros<double>(static_cast<size_t>(count * distances));
   pass(p, segments, is_split, true, true, threads, &W::sum_queries, [&](W& worker, int64_t i, A* state) {
     const Segment& g = segments[i];
     A* const rows = grad_q.get() + (g.batch * p.queries + g.row) * p.heads * width;
     worker.backward_keys(g, state, rows, p.bias != nullptr ? grad_bias.get() + i * distances : nullptr);
   });
   for (int64_t at = 0; at < distances && p.grad_bias != nullptr; ++at) {
-    A sum = 0;
+    double sum = 0;
     for (int64_t i = 0; i < count; ++i) {
       sum += grad_bias[i * distances + at];
     }
-    static_cast<A*>(p.grad_bias)[at] = sum;
+    static_cast<A*>(p.grad_bias)[at] = static_cast<A>(sum);
   }
   for (const View& x : {p.grad_q, p.grad_lin_q}) {
     clear_surplus<T>(p, x, p.cu_seqlens, p.queries, p.heads, p.key_dim);
