@@ -115,7 +115,7 @@ CASES = {
         f"padded_as_{name}": replace(PLAIN, convention=name, batch=3, padding="blocks", conv=3)
         for name in ("mlpen", "lucidrains")
     },
-    "short_as_lucidrains": replace(PLAIN, convention="lucidrains", queries=7),
+    "short_as_lucidrains": replace(PLAIN, convention="lucidrains", queries=7, size=4.0),
     "short_as_xformers": replace(PLAIN, convention="xformers", queries=7, padding="right"),
     "ridge": replace(PLAIN, ridge=0.1, init="original"),
     "scale": replace(PLAIN, scale=0.7),
@@ -143,6 +143,7 @@ CASES = {
     "transposed": replace(PLAIN, layout="transposed"),
     "fused": replace(PLAIN, layout="fused", conv=3),
     "equal": replace(PLAIN, equal=True),
+    "equal_pinv": replace(PLAIN, equal=True, init="pinv"),
     "near_identity": replace(PLAIN, size=30.0),
     "everything": NystromCase(
         batch=3,
