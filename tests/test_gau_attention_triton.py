@@ -140,6 +140,15 @@ def test_bytes_of_a_panel() -> None:
 
 
 @pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(("processors", "launches"), [(1, 4), (4, 4), (6, 4), (7, 4), (8, 1)])
+def test_panels_that_would_leave_processors_idle_are_not_made(processors: int, launches: int) -> None:
+    """Three of four blocks of queries fit, 6 programs; on chip a fifth more is multiplied."""
+    with mock.patch.object(_triton, "_processors", return_value=processors):
+        forward, _ = passes(CASE, workspace=3 * TILE * CASE.queries * 4)
+    assert forward.launches == launches
+
+
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("workspace", [0, 1 << 20])
 def test_causal_rows_multiply_what_they_see(workspace: int) -> None:
     """Half the tiles and the diagonal, whether scores are in panels or not."""
