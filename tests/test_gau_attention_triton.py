@@ -51,18 +51,20 @@ def by_triton(call: Call, workspace: int = 1 << 20) -> list[Tensor]:
     return values_and_gradients(lambda **c: kx.gau_attention(**c, backend="triton", workspace=workspace), call)
 
 
+NAMES = ("causal", "sum_causal", "flash", "mega", "bias_heads", "grouped", "padding_holes", "cross", "cross_longer")
+NAMES += ("cross_padding", "one_query", "packed_surplus", "packed_cross", "packed_padding", "n17", "s32")
+PANELS = {name: SPEC.cases[name] for name in NAMES} | {
+    "causal_long": replace(CASE, queries=40, causal=True, bias="shared", batch=2),
+    "packed_causal_long": replace(CASE, lengths=(17, 0, 35), causal=True, bias="shared"),
+}
+
+
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("workspace", [0, 6 << 10, 1 << 20])
-@pytest.mark.parametrize(
-    "case",
-    [
-        *("causal", "sum_causal", "flash", "mega", "bias_heads", "grouped", "padding_holes", "cross", "cross_longer"),
-        *("cross_padding", "one_query", "packed_surplus", "packed_cross", "packed_padding", "n17", "s32"),
-    ],
-)
-def test_panels_within_budget(case: str, workspace: int) -> None:
+@pytest.mark.parametrize("case", PANELS.values(), ids=PANELS.keys())
+def test_panels_within_budget(case: GauCase, workspace: int) -> None:
     """However few of them the workspace holds."""
-    call = SPEC.call(case, torch.float32)
+    call = make(case, torch.float32, torch.device("cpu"), 0)
     with poisoned_allocation():
         found = by_triton(call, workspace)
     pairs = exact_and_eager(SPEC, call, torch.float32, "triton", values_and_gradients)
@@ -82,13 +84,13 @@ def test_the_workspace_holds_all_panels() -> None:
         return out
 
     call = make(replace(CASE, heads=2, kv_heads=2), torch.float32, torch.device("cpu"), 0)
-    p = api.problem(**call, workspace=40 << 10)
+    p = api.problem(**call, workspace=20 << 10)
     with mock.patch.object(Tensor, "new_empty", counted):
         results = _triton.run(p)
         forward = sum(sizes)
         _triton.run_backward(p, results, results.o)
-    assert 20 << 10 < forward <= 40 << 10
-    assert 20 << 10 < sum(sizes) - forward <= 40 << 10
+    assert 10 << 10 < forward <= 20 << 10
+    assert 10 << 10 < sum(sizes) - forward <= 20 << 10
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -137,6 +139,15 @@ def test_bytes_of_a_panel() -> None:
     products = blocks * (2 * narrow + 3 * wide) + (slices + 2) * panel + blocks * (2 * wide + 2 * narrow)
     assert backward.loaded == products + 2 * wide  # and the gradient of the gate
     assert backward.stored == 2 * panel + 2 * narrow + 2 * wide
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(("processors", "launches"), [(1, 4), (4, 4), (6, 4), (7, 4), (8, 1)])
+def test_panels_that_would_leave_processors_idle_are_not_made(processors: int, launches: int) -> None:
+    """Three of four blocks of queries fit, 6 programs; on chip a fifth more is multiplied."""
+    with mock.patch.object(_triton, "_processors", return_value=processors):
+        forward, _ = passes(CASE, workspace=3 * TILE * CASE.queries * 4)
+    assert forward.launches == launches
 
 
 @pytest.mark.usefixtures("small_tiles")

@@ -172,6 +172,25 @@ def _run(kernel: Any, programs: int, **arguments: Any) -> None:
         kernel[(programs,)](**arguments)
 
 
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _units_of_a_panel(launch: Launch, units: int, slices: int, unit_bytes: int) -> int:
+    """How many blocks of queries have a panel at once: of those that fit, so many that no processor waits for others.
+
+    0 where that would leave more of them idle than making scores again for each slice would cost.
+    """
+    fit = launch.p.workspace // unit_bytes
+    processors = _processors(launch.p.device)
+    if fit >= units:
+        return units
+    if fit * slices >= processors:
+        return fit * slices // processors * processors // slices
+    once, again = launch.s + launch.e, slices * launch.s + launch.e
+    return fit if fit * slices * again >= processors * once else 0
+
+
 def run(p: GauProblem) -> Results:
     from ._triton_kernel import gau_attention_kernel, gau_scores_kernel
 
@@ -186,12 +205,12 @@ def run(p: GauProblem) -> Results:
     slices = max(1, -(-launch.e // columns))
     units = launch.batch * launch.heads * launch.blocks(sizes.rows) if launch.sequences > 0 else 0
     width = max(1, -(-launch.n_k // sizes.keys)) * sizes.keys
-    in_panel = p.workspace // (sizes.rows * width * launch.panel_dtype.itemsize)
+    in_panel = _units_of_a_panel(launch, units, slices, sizes.rows * width * launch.panel_dtype.itemsize)
     on_chip = slices == 1 or launch.n_k <= ON_CHIP_KEYS or launch.packed or in_panel == 0
     if on_chip and launch.s <= MAX_ON_CHIP_DIM:
         in_panel, panel = max(1, units), None
     else:
-        in_panel = max(1, min(in_panel, units))
+        in_panel = max(1, in_panel)
         panel = p.q.new_empty(in_panel * sizes.rows * width, dtype=launch.panel_dtype)
     shared = launch.scores() | {"sums_ptr": results.sums, "panel_ptr": panel, "width": width}
     with triton.on(p.device):
