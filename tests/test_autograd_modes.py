@@ -33,6 +33,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
     "rope": (lambda x, **how: kx.rope(x, None, COS, SIN, **how), (4,)),
     "linear_attention": (kx.linear_attention, (4, 4, 4)),
     "gau_attention": (kx.gau_attention, (4, 4, 6, 6)),
+    "mixed_chunk_attention": (kx.mixed_chunk_attention, (4, 4, 4, 4, 6, 6)),
 }
 functions = pytest.mark.parametrize(("function", "widths"), FUNCTIONS.values(), ids=FUNCTIONS)
 backends = pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -106,7 +107,7 @@ def test_traced_functions_compute(function: Callable[..., Any], widths: tuple[in
     assert same_bits(traced(*other), function(*other))
 
 
-@pytest.mark.parametrize("name", ["linear_attention", "gau_attention"])
+@pytest.mark.parametrize("name", ["linear_attention", "gau_attention", "mixed_chunk_attention"])
 @backends
 def test_a_batch_of_gradients(backend: str, name: str) -> None:
     function, widths = FUNCTIONS[name]
