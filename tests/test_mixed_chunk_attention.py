@@ -123,7 +123,7 @@ def assert_close_in_float32(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=4 * torch.finfo(torch.float32).eps * b.abs().max().item())
 
 
-@pytest.mark.parametrize("chunk", [20, 33])
+@pytest.mark.parametrize("chunk", [20, 33, 2**31 - 1])
 def test_one_causal_chunk_is_gated_attention(lane: Any, chunk: int) -> None:
     quad_q, quad_k, lin_q, lin_k, v, gate = inputs(lane)
     where = {"causal": True, "backend": lane.backend}
