@@ -158,16 +158,18 @@ def test_kernels_near_the_identity(lane: Any) -> None:
 
 
 def test_several_columns_with_the_largest_sum(lane: Any) -> None:
-    """Two pairs of tokens that mirror each other: the gradient of the norm is shared, as torch.amax shares it."""
-    _, k, v = inputs(lane, 2, dtype=torch.float64)
-    mirror = torch.stack([k[:, 0], -k[:, 0]], 1)
-    leaves = [x.repeat_interleave(4, 1) for x in (mirror, mirror, v)]
+    """Two of three, whose tokens mirror each other: the gradient of the norm is shared, as torch.amax shares it."""
+    keys = torch.tensor([[1.0, 0.0, 10.0], [0.0, 1.0, 10.0], [0.0, 0.0, -1000.0]])
+    queries = torch.tensor([[1.0, 0.0, 10.0], [0.0, 1.0, 10.0], [0.0, 0.0, 0.001]])
+    v = inputs(lane, 3, 1, torch.float64)[2][:, :, :1]
+    leaves = [x.double().to(lane.device)[None, :, None] for x in (queries, keys)]
+    leaves = [x.repeat_interleave(4, 1) for x in (*leaves, v)]
     for init in ("per_matrix", "original"):
         found, wanted = (
             value_and_gradients(
-                lambda *x, f=f, h=how, i=init: f(*x, num_landmarks=2, pinv_iterations=1, pinv_init=i, **h),
+                lambda *x, f=f, h=how, i=init: f(*x, num_landmarks=3, pinv_iterations=1, pinv_init=i, **h),
                 leaves,
-                torch.ones_like(leaves[2]) * torch.arange(8, device=lane.device)[:, None, None],
+                torch.ones_like(leaves[2]) * torch.arange(12, device=lane.device)[:, None, None],
             )
             for f, how in ((attend, {"backend": lane.backend}), (reference, {}))
         )

@@ -20,13 +20,13 @@ class Inverse {
   Inverse(int m, int iterations, bool backward)
       : m(m), width((m + kLanes - 1) / kLanes * kLanes), iterations(iterations) {
     const int states = backward ? iterations + 1 : 2;
-    memory_ = zeros<A>(static_cast<size_t>(states + (backward ? 14 : 5)) * size() + kLanes);
+    memory_ = zeros<A>(static_cast<size_t>(states + (backward ? 12 : 5)) * size() + kLanes);
     A* next = memory_.get();
     for (A** matrix : {&a, &x, &t1, &t2, &t3}) {
       *matrix = std::exchange(next, next + size());
     }
     if (backward) {
-      for (A** matrix : {&grad_z, &grad_a, &grad_t, &grad_t2, &grad_x, &turned, &spare, &e, &f}) {
+      for (A** matrix : {&grad_z, &grad_a, &grad_t, &grad_t2, &grad_x, &turned, &spare}) {
         *matrix = std::exchange(next, next + size());
       }
     }
@@ -91,26 +91,11 @@ class Inverse {
     return -sum;
   }
 
-  // Of z, the Moore-Penrose inverse of `a`: adds to `grad_a` what comes from `grad_z`.
+  // Of z, the Moore-Penrose inverse of `a`: adds to `grad_a` what comes from `grad_z`. (What comes by the null spaces
+  // of `a` vanishes: README.md.)
   void backward_of_pinv(const A* z) {
     multiply(z, true, grad_z, spare);
     multiply_by_turned(spare, z, grad_a, -1);
-    multiply(a, false, z, e);
-    multiply(z, false, a, f);
-    for (int i = 0; i < m; ++i) {
-      for (int j = 0; j < m; ++j) {
-        e[i * width + j] = (i == j) - e[i * width + j];
-        f[i * width + j] = (i == j) - f[i * width + j];
-      }
-    }
-    transpose(m, m, grad_z, width, grad_t, width);
-    multiply(grad_t, false, z, spare);
-    multiply(e, false, spare, grad_t2);
-    multiply_by_turned(grad_t2, z, grad_a, 1);
-    multiply(grad_t, false, f, spare);
-    multiply(z, false, spare, grad_t2);
-    multiply(z, true, grad_t2, spare);
-    for_each([&](size_t i) { grad_a[i] += spare[i]; });
   }
 
   const int m, width, iterations;
@@ -160,7 +145,6 @@ class Inverse {
 
   A *x, *t1, *t2, *t3;
   A *grad_t = nullptr, *grad_t2 = nullptr, *grad_x = nullptr, *turned = nullptr, *spare = nullptr;
-  A *e = nullptr, *f = nullptr;
   A* states_;
   bool keeps_all_;
   Buffer<A> memory_;
