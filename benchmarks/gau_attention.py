@@ -114,13 +114,18 @@ def _ours(backend: str) -> Callable[[Inputs], Function]:
     return prepare
 
 
+def eager_scores(q: Tensor, k: Tensor) -> Tensor:
+    """relu²(q kᵀ / √s)."""
+    return (q @ k.mT * q.shape[-1] ** -0.5).relu().square()
+
+
 def eager(case: Case) -> Function:
     """As one writes it: two products, with scores of n × n between them."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
         q, k, v, gate = (x[:, :, 0] for x in (q, k, v, gate))
         n_q, n_k = q.shape[1], k.shape[1]
-        p = (q @ k.mT * KEY_DIM**-0.5).relu().square()
+        p = eager_scores(q, k)
         if case.causal and n_q > 1:
             seen = torch.arange(1, n_k + 1, dtype=p.dtype, device=p.device)[:, None]
             return (gate * (p.tril() @ v / seen))[:, :, None]

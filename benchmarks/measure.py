@@ -60,15 +60,15 @@ class _CudaClock:
         return statistics.median(begin.elapsed_time(end) for begin, end in pairs) / 1e3
 
 
-def take_turns(
-    contenders: Mapping[str, Call], device: str, seconds: float, limit: str, seed: int = 0
-) -> dict[str, tuple[Spread, Spread]]:
-    """Each contender's seconds per call, and the limit's seconds over its own in the same round.
+def rounds(
+    contenders: Mapping[str, Call], device: str, seconds: float, least: int = 7, seed: int = 0
+) -> dict[str, list[float]]:
+    """Each contender's seconds per call, one number per round; in a round all take turns, in shuffled order.
 
     Args:
-        contenders: by name; each is called twice before anything counts.
+        contenders: by name; each is called three times before anything counts.
         seconds: about how long this may take.
-        limit: the contender that the others are compared with.
+        least: rounds, however long they take.
         seed: of the order in a round.
     """
     clock: Any = _CudaClock() if device == "cuda" else _CpuClock()
@@ -78,13 +78,24 @@ def take_turns(
             once = clock.time(call, turn, 1)
         calls[name] = max(1, min(1000, int(2e-3 / max(once, 1e-7)))) if device == "cpu" else 1
         cost += once * calls[name]
-    rounds = max(7, min(60, int(seconds / max(cost, 1e-6))))
+    count = max(least, min(60, int(seconds / max(cost, 1e-6))))
     order, generator = list(contenders), random.Random(seed)
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(rounds):
+    for turn in range(count):
         generator.shuffle(order)
         for name in order:
             times[name].append(clock.time(contenders[name], turn, calls[name]))
+    return times
+
+
+def take_turns(
+    contenders: Mapping[str, Call], device: str, seconds: float, limit: str
+) -> dict[str, tuple[Spread, Spread]]:
+    """Each contender's seconds per call, and the limit's seconds over its own in the same round.
+
+    limit: the contender that the others are compared with.
+    """
+    times = rounds(contenders, device, seconds)
     fractions = {n: [of / t for of, t in zip(times[limit], times[n], strict=True)] for n in contenders}
     return {name: (Spread.of(times[name]), Spread.of(fractions[name])) for name in contenders}
 

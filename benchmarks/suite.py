@@ -1,4 +1,7 @@
-"""Measures one operator on one device and keeps the rows as JSON. Needs neither plots nor templates."""
+"""Measures one operator, or the layers, on one device and keeps the rows as JSON. Needs neither plots nor templates.
+
+A run is a sequence of steps. What each found is kept in a file at once, from which an interrupted run goes on.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import os
 import statistics
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,10 +22,11 @@ from tqdm import tqdm
 
 from kx_kernels.testing import codegen
 
-from . import accuracy, counts, gau_attention, linear_attention, measure, nystrom_attention, rope
+from . import accuracy, counts, gau_attention, layers, linear_attention, measure, nystrom_attention, quality, rope
 from .environment import ROOT, cache_bytes, device_name, environment, slug
 
 RESULTS = ROOT / "benchmarks" / "results"
+PARTIAL = ROOT / "report" / "partial"
 OPERATORS = {
     "rope": rope,
     "linear_attention": linear_attention,
@@ -100,47 +106,153 @@ def import_seconds(rounds: int) -> dict[str, Any]:
     return {"torch": statistics.median(torch_seconds), "extra": asdict(measure.Spread.of(extra))}
 
 
-def run(name: str, device: str, quick: bool) -> Path:
-    """Measures everything about an operator; returns the file that holds it."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
-    functorch_config.donated_buffer = False  # a compiled backward pass is timed more than once
-    op = OPERATORS[name]
+Step = tuple[str, str, Callable[[], Any]]
+"""Where its result goes, what it is called, and how it is found. Lists of the same place are one after the other."""
+
+
+def operator_steps(op: Any, name: str, device: str, quick: bool) -> Iterator[Step]:
     cases, sweep = op.cases(device), op.sweep(device)
     if quick:
         cases, sweep = [cases[0], cases[-1]], sweep[::3]
     seconds = 3.0 if quick else 8.0
+    for case in cases:
+        yield "timings", case.name, lambda case=case: timings(op, case, device, seconds)
+    for case in sweep:
+        yield "growth", case.name, lambda case=case: timings(op, case, device, seconds / 8)
+    yield "host", "host time", lambda: host_times(op, device)
+    yield "memory", "memory", lambda: memory(op, device)
+    yield "import", "import", lambda: import_seconds(2 if quick else 5)
+    yield "", "extras", op.extras
+    yield "accuracy", "accuracy", lambda: accuracy.measure(name, device)
+    yield "counts", "counts", lambda: counts.measure(name, device)
+    yield "machine_code", "machine code", lambda: machine_code(name, quick)
+
+
+def machine_code(name: str, quick: bool) -> dict[str, Any]:
+    reason = codegen.available()
+    rows = [] if quick or reason else [row for row in codegen.table() if row["op"] == name]
+    return {"rows": rows, "reason": "left out by --quick" if quick else reason}
+
+
+def layer_steps(device: str, quick: bool) -> Iterator[Step]:
+    parts = list(layers.parts())
+    mixing = [p for p in parts if p.level == "mixing"]
+    whole = [p for p in parts if p.level == "layer"]
+    needed = {"attention", "feed-forward", "projections"}  # of the other widths
+    few = [p for p in parts if p.name in needed]
+    seconds = 0.5 if quick else 2.0
+
+    def times(chosen: list[layers.Part], width: int, length: int, what: str = "forward") -> Step:
+        name = f"H = {width}, n = {length}{', forward and backward' if what == 'both' else ''}, {chosen[0].level}"
+        return "times", name, lambda: layers.times(chosen, width, length, what, device, seconds)
+
+    for n in () if quick else layers.SHORT:
+        yield times(mixing, layers.WIDTHS["base"], n)
+    for size, lengths in layers.LENGTHS.items():
+        if quick and size != "base":
+            continue
+        for n in lengths[::3] if quick else lengths:
+            for chosen in (mixing, whole) if size == "base" else (few,):
+                yield times(chosen, layers.WIDTHS[size], n)
+    for n in () if quick else (512, 1024, 2048, 4096):
+        for chosen in (mixing, whole):
+            yield times(chosen, layers.WIDTHS["base"], n, "both")
+    for n in (1024,) if quick else (1024, 4096):
+        yield "memory", f"memory, n = {n}", lambda n=n: layers.memory(parts, layers.WIDTHS["base"], n, device)
+    for n in (256, 2048) if quick else (256, 1024, 4096, 16384, 65536):
+        yield "decoding", f"decoding after {n}", lambda n=n: layers.decoding(n, device, seconds)
+    yield "rotary", "rotary embedding", lambda: layers.rotary(device, seconds)
+
+
+def quality_steps() -> Iterator[Step]:
+    for name, experiment in quality.EXPERIMENTS.items():
+        yield name, name, experiment
+
+
+NAMES = (*OPERATORS, "layers", "quality")
+
+
+def steps(name: str, device: str, quick: bool) -> list[Step]:
+    if name == "quality":
+        return list(quality_steps())
+    return list(
+        layer_steps(device, quick) if name == "layers" else operator_steps(OPERATORS[name], name, device, quick)
+    )
+
+
+class Kept:
+    """What the steps of one run have found so far, in a file that a later run goes on from.
+
+    A file of another commit, another device or other versions is left aside. A step that the process did not survive is
+    not tried again.
+    """
+
+    def __init__(self, file: Path, facts: dict[str, Any], fresh: bool) -> None:
+        self.file, self.facts = file, facts
+        self.found: dict[str, Any] = {}
+        self.failed: dict[str, str] = {}
+        if fresh or not file.exists():
+            return
+        old = json.loads(file.read_text())
+        if old["facts"] == facts:
+            self.found, self.failed = old["found"], old["failed"]
+            if old["begun"] is not None:
+                self.failed[old["begun"]] = "the process ended in it"
+
+    def write(self, begun: str | None) -> None:
+        """begun: the step that comes next."""
+        text = json.dumps({"facts": self.facts, "begun": begun, "found": self.found, "failed": self.failed})
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            whole = self.file.with_suffix(".new")
+            whole.write_text(text)
+            whole.replace(self.file)
+        except OSError as error:
+            warnings.warn(f"{self.file} cannot be written, so this run cannot be resumed: {error}", stacklevel=2)
+
+
+def run(name: str, device: str, quick: bool, fresh: bool = False) -> Path:
+    """Measures everything about an operator, the layers or quality; returns the file that holds it.
+
+    fresh: forgets what an interrupted run found.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    functorch_config.donated_buffer = False  # a compiled backward pass is timed more than once
     results: dict[str, Any] = {"op": name, "quick": quick, "environment": environment(device)}
-    results |= {"limit": op.LIMIT, "unit": op.UNIT}
-    results["versions"] = op.versions()
-    results["timings"], results["growth"] = [], []
-    with tqdm(total=len(cases) + len(sweep) + 6, desc=name, unit="step", dynamic_ncols=True) as progress:
-
-        def step(what: str) -> None:
+    if name in OPERATORS:
+        op = OPERATORS[name]
+        results |= {"limit": op.LIMIT, "unit": op.UNIT, "versions": op.versions()}
+    facts = {k: v for k, v in results["environment"].items() if k != "date"} | {"quick": quick}
+    place = slug(device_name(device))
+    kept = Kept(PARTIAL / place / f"{name}.json", facts, fresh)
+    todo = steps(name, device, quick)
+    with tqdm(total=len(todo), desc=name, unit="step", dynamic_ncols=True) as progress:
+        for where, what, find in todo:
+            key = f"{where}/{what}"
             progress.set_postfix_str(what)
+            if key not in kept.found and key not in kept.failed:
+                kept.write(begun=key)
+                try:
+                    kept.found[key] = find()
+                except KeyboardInterrupt:
+                    kept.write(begun=None)
+                    raise
+                except Exception as error:  # no room, a full disk: the report says so and goes on
+                    kept.failed[key] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                kept.write(begun=None)
             progress.update()
-
-        for case in cases:
-            results["timings"] += timings(op, case, device, seconds)
-            step(case.name)
-        for case in sweep:
-            results["growth"] += timings(op, case, device, seconds / 8)
-            step(case.name)
-        results["host"] = host_times(op, device)
-        results["memory"] = memory(op, device)
-        step("host time, memory")
-        results["import"] = import_seconds(2 if quick else 5)
-        step("import")
-        results |= op.extras()
-        step("extras")
-        results["accuracy"] = accuracy.measure(name, device)
-        step("accuracy")
-        results["counts"] = counts.measure(name, device)
-        step("counts")
-        reason = codegen.available()
-        code = [] if quick or reason else [row for row in codegen.table() if row["op"] == name]
-        results["machine_code"] = {"rows": code, "reason": "left out by --quick" if quick else reason}
-        step("machine code")
-    file = RESULTS / slug(device_name(device)) / f"{name}.json"
+            value = kept.found.get(key)
+            if value is None:
+                continue
+            if where == "":
+                results |= value
+            elif isinstance(value, list):
+                results[where] = results.get(where, []) + value
+            else:
+                results[where] = value
+    results["failed"] = [{"step": key, "reason": why} for key, why in kept.failed.items()]
+    file = RESULTS / place / f"{name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(results, indent=1) + "\n")
+    kept.file.unlink(missing_ok=True)
     return file
