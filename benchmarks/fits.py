@@ -30,24 +30,27 @@ class Interval:
 def _bootstrap(samples: Sequence[Sequence[float]], statistic: Callable[..., float]) -> Interval:
     """Of a function of medians, each sample resampled for itself."""
 
-    def of_medians(*resampled: np.ndarray) -> float:
-        return statistic(*(float(np.median(x)) for x in resampled))
+    of_each = np.vectorize(statistic, otypes=[float])
 
-    value = of_medians(*(np.asarray(x) for x in samples))
+    def of_medians(*resampled: np.ndarray, axis: int = -1) -> np.ndarray:
+        return of_each(*(np.median(x, axis=axis) for x in resampled))
+
+    arrays = [np.asarray(x) for x in samples]
+    value = float(of_medians(*arrays))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)
         warnings.simplefilter("ignore", RuntimeWarning)  # of the spread of values that are infinite
         found = scipy.stats.bootstrap(
-            [np.asarray(x) for x in samples],
+            arrays,
             of_medians,
-            vectorized=False,
+            vectorized=True,
             n_resamples=RESAMPLES,
             confidence_level=LEVEL,
             method="percentile",
             rng=np.random.default_rng(0),
         )
     low, high = found.confidence_interval
-    return Interval(value, min(low, value), max(high, value))
+    return Interval(value, float(min(low, value)), float(max(high, value)))
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> Interval:

@@ -55,7 +55,9 @@ def linear_ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-def performer_ours(features: nn.Module) -> Mix:
+def performer_ours() -> Mix:
+    features = kx.nn.FavorFeatures(HEAD_DIM, FEATURES)
+
     def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = kx.linear_attention(q, k, v, causal=False, feature_map=features)
         assert isinstance(out, Tensor)
@@ -203,7 +205,6 @@ def _twice(build: Callable[[int], nn.Module]) -> Callable[[int], nn.Module]:
 
 
 def parts() -> Iterator[Part]:
-    features = kx.nn.FavorFeatures(HEAD_DIM, FEATURES)
     yield Part("attention", "eager", "mixing", lambda _: materialised, kept=1)
     yield Part("attention", "fused", "mixing", lambda _: fused)
     for name, dims in (
@@ -231,7 +232,7 @@ def parts() -> Iterator[Part]:
     yield Part("attention", "fused", "layer", _attention(fused))
     yield Part("linear attention", "eager", "layer", _attention(linear))
     yield Part("linear attention", "ours", "layer", _attention(linear_ours))
-    yield Part("Performer", "ours", "layer", _attention(performer_ours(features)))
+    yield Part("Performer", "ours", "layer", lambda width: Attention(width, performer_ours()))
     yield Part("Nyström, m = 64", "eager", "layer", _attention(nystrom(64)), multiple=64)
     yield Part("Nyström, m = 64", "ours", "layer", _attention(nystrom_ours(64)))
     yield Part("GAU × 2", "eager", "layer", _twice(lambda width: Gated(width, gau)), gated=True, kept=2)

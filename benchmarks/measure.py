@@ -88,16 +88,9 @@ def rounds(
     return times
 
 
-def take_turns(
-    contenders: Mapping[str, Call], device: str, seconds: float, limit: str
-) -> dict[str, tuple[Spread, Spread]]:
-    """Each contender's seconds per call, and the limit's seconds over its own in the same round.
-
-    limit: the contender that the others are compared with.
-    """
-    times = rounds(contenders, device, seconds)
-    fractions = {n: [of / t for of, t in zip(times[limit], times[n], strict=True)] for n in contenders}
-    return {name: (Spread.of(times[name]), Spread.of(fractions[name])) for name in contenders}
+def against(limit: Sequence[float], times: Sequence[float]) -> Spread:
+    """The limit's seconds over a contender's in the same round."""
+    return Spread.of([of / t for of, t in zip(limit, times, strict=True)])
 
 
 def host_seconds(call: Callable[[], object], device: str) -> Spread:

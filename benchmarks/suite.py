@@ -50,9 +50,11 @@ def timings(op: Any, case: Any, device: str, seconds: float) -> list[dict[str, A
     cold = device == "cuda" or sets * working_set >= 2 * cache_bytes(device)
     common = {"case": case.name, "work": case.work, "cache": "cold" if cold else "warm", "length": case.length}
     found = []
-    for name, (spread, fraction) in measure.take_turns(contenders, device, seconds, op.LIMIT).items():
+    rounds = measure.rounds(contenders, device, seconds)
+    for name, times in rounds.items():
+        spread, fraction = measure.Spread.of(times), measure.against(rounds[op.LIMIT], times)
         numbers = {"seconds": asdict(spread), "of_limit": asdict(fraction), "rate": case.work / spread.median}
-        found.append({**common, "contender": name, **numbers})
+        found.append({**common, "contender": name, **numbers, "times": times})
     return found + [{**common, "contender": name, "seconds": None, "reason": why} for name, why in missing.items()]
 
 

@@ -1,0 +1,146 @@
+"""What claims look like: a plot for those that are about growth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .. import figures, layers
+from ..figures import Figure
+from .cost import Evidence, H, added, layer, scaled
+
+MS = "milliseconds"
+
+
+def _times(e: Evidence, chosen: list[tuple[str, str, str]], see: str) -> Figure:
+    """chosen: level, name, by; those that were not measured are left out."""
+    series = {}
+    for level, name, by in chosen:
+        try:
+            series[f"{name}, {by}"] = figures.median_milliseconds(e.times(level, name, by))
+        except LookupError:
+            continue
+    if not series:
+        raise LookupError("nothing was measured")
+    return figures.lines(series, see, "tokens n", MS)
+
+
+def feed_forward(e: Evidence) -> Figure:
+    chosen = [("layer", "feed-forward", "eager"), ("layer", "attention", "eager"), ("layer", "attention", "fused")]
+    return _times(e, chosen, "Attention crosses the feed-forward layer where the claim puts its length; H = 768.")
+
+
+def mixing(e: Evidence) -> Figure:
+    rest = added(e.times("layer", "projections", "eager"), e.times("layer", "feed-forward", "eager"))
+    series = {"projections and feed-forward": rest}
+    for by in ("eager", "fused"):
+        series[f"mixing, {by}"] = e.times("mixing", "attention", by)
+    shown = {name: figures.median_milliseconds(t) for name, t in series.items()}
+    return figures.lines(shown, "Until the lines cross, mixing tokens is the smaller part of a layer.", "tokens n", MS)
+
+
+def ceiling(e: Evidence) -> Figure:
+    rest = figures.median_milliseconds(
+        added(e.times("layer", "projections", "eager"), e.times("layer", "feed-forward", "eager"))
+    )
+    series = {"1 + n/(6H)": {n: 1 + n / (6 * H) for n in rest}}
+    for by in ("eager", "fused"):
+        whole = figures.median_milliseconds(layer(e, by))
+        series[f"measured, {by}"] = {n: whole[n] / rest[n] for n in whole if n in rest}
+    see = "How many times as fast a layer is without any mixing: more than the products say where scores are written."
+    return figures.lines(series, see, "tokens n", "times", dotted=["1 + n/(6H)"])
+
+
+def linear(e: Evidence) -> Figure:
+    names = ("linear attention", "linear attention, keys 4d", "linear attention, keys and values 4d")
+    chosen = [("mixing", "attention", "eager"), ("mixing", "attention", "fused")]
+    chosen += [("mixing", name, by) for name in names for by in ("eager", "ours")]
+    return _times(e, chosen, "Softmax attention is the steeper line; where it starts matters as much as its slope.")
+
+
+def nystrom(e: Evidence) -> Figure:
+    chosen = [("mixing", "attention", "eager"), ("mixing", "attention", "fused")]
+    chosen += [("mixing", f"Nyström, m = {m}", "ours") for m in layers.LANDMARKS]
+    return _times(e, chosen, "Each line of landmarks is parallel to the next, and crosses attention later.")
+
+
+def pair(e: Evidence) -> Figure:
+    series = {f"attention and feed-forward, {by}": layer(e, by) for by in ("eager", "fused")}
+    for name in ("GAU × 2", "FLASH × 2"):
+        series |= {f"{name}, {by}": e.times("layer", name, by) for by in ("eager", "ours")}
+    shown = {name: figures.median_milliseconds(t) for name, t in series.items()}
+    see = "Two units beside attention and a feed-forward layer, H = 768: eager against eager, fused against ours."
+    return figures.lines(shown, see, "tokens n", MS)
+
+
+def performer(e: Evidence) -> Figure:
+    forward = e.times("layer", "feed-forward", "eager")
+    series = {
+        "attention, fused, and feed-forward": layer(e, "fused"),
+        "attention, eager, and feed-forward": layer(e, "eager"),
+    }
+    series["Performer and feed-forward, ours"] = added(e.times("layer", "Performer", "ours"), forward)
+    series["1.5 times Performer's"] = scaled(series["Performer and feed-forward, ours"], 1.5)
+    shown = {name: figures.median_milliseconds(t) for name, t in series.items()}
+    see = "The advantage is clear where attention is above the dotted line."
+    return figures.lines(shown, see, "tokens n", MS, dotted=["1.5 times Performer's"])
+
+
+def decoding(e: Evidence) -> Figure:
+    rows = e.rows("decoding")
+    series = {
+        name: figures.median_milliseconds({r["length"]: r["times"] for r in rows if r["name"] == name})
+        for name in dict.fromkeys(r["name"] for r in rows)
+    }
+    return figures.lines(series, "A state takes the same time after any context; a cache is read whole.", "context", MS)
+
+
+def _quality(e: Evidence, name: str) -> list[dict[str, float]]:
+    if name not in e.quality:
+        raise LookupError(f"{name} was not computed")
+    return e.quality[name]
+
+
+def decay(e: Evidence) -> Figure:
+    rows = [r for r in _quality(e, "decay") if r["distance"] > 0]
+    series = {
+        "the bound": {int(r["distance"]): r["bound"] for r in rows},
+        "scores of random q and k": {int(r["distance"]): r["scores"] for r in rows},
+    }
+    see = "The bound falls, and not always; scores of random queries and keys do not."
+    return figures.lines(series, see, "distance", "score", logarithmic=False)
+
+
+def lengths(e: Evidence) -> Figure:
+    rows = _quality(e, "lengths")
+    names = [name for name in rows[0] if name != "length"]
+    series = {name: {int(r["length"]): r[name] for r in rows} for name in names}
+    see = "What four keys that matter contribute among n: 1 is right at every length."
+    return figures.lines(series, see, "tokens n", "output")
+
+
+def smoothness(e: Evidence) -> Figure:
+    rows = [r for r in _quality(e, "landmarks") if r["inverse"] == "per_matrix"]
+    series = {
+        f"each token {smooth} of the one before": {
+            int(r["landmarks"]): r["error"] for r in rows if r["smooth"] == smooth
+        }
+        for smooth in dict.fromkeys(r["smooth"] for r in rows)
+    }
+    see = "Landmarks help where neighbours resemble each other; on independent tokens nothing does."
+    return figures.lines(series, see, "landmarks m", "error, of the output")
+
+
+FIGURES: dict[str, Callable[[Evidence], Figure]] = {
+    "C1": feed_forward,
+    "C2": mixing,
+    "C4": ceiling,
+    "C5": linear,
+    "C7": performer,
+    "C14": decoding,
+    "C16": nystrom,
+    "C18": pair,
+    "D2": decay,
+    "D6": lengths,
+    "D10": smoothness,
+}
+"""By the first claim that a figure belongs to."""
