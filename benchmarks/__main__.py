@@ -3,25 +3,55 @@
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 
 import torch
+from tabulate import tabulate
 
-from . import suite
+from . import compare, suite
+from .claims import Claim, all_claims
+from .claims.cost import Evidence
 from .environment import ROOT
 
 
+def answers(claim: Claim, options: argparse.Namespace) -> str:
+    """Measures what a claim needs, beside what is kept, and tells what it says to the claim."""
+    name = "layers" if claim.id.startswith("C") else "quality"
+    results = suite.run(name, options.device, options.quick, options.fresh, claim.needs)
+    row = claim.row(Evidence({name: json.loads(results.read_text())}))
+    table = tabulate([list(a.values()) for a in row["answers"]], ["read as", "measured", "verdict", "why"])
+    return (
+        f"{claim.id}: {claim.says} ({claim.source})\npredicted: {claim.predicted}\ncounted: {row['counted']}\n{table}"
+    )
+
+
 def main() -> None:
+    claims = {claim.id: claim for claim in all_claims()}
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("what", choices=["report", "measure", "render"])
-    parser.add_argument("--only", choices=suite.NAMES, action="append", help="what to measure (everything)")
+    parser.add_argument(
+        "--only", choices=[*suite.NAMES, *claims], action="append", metavar="NAME",
+        help=f"{', '.join(suite.NAMES)}, or the number of a claim: what to measure (everything)",
+    )  # fmt: skip
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="fewer cases, wider spreads")
     parser.add_argument("--fresh", action="store_true", help="do not go on from an interrupted run")
+    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="print what changed since an earlier run")
     options = parser.parse_args()
+    if options.compare and not options.only:
+        options.only = [json.loads(options.compare.read_text())["op"]]
     if options.what != "render":
         for name in options.only or suite.NAMES:
+            if name in claims:
+                print(answers(claims[name], options))
+                continue
             file = suite.run(name, options.device, options.quick, options.fresh)
             print(f"measured: {file.relative_to(ROOT)}")
+            for failure in json.loads(file.read_text())["failed"]:
+                print(f"  not measured: {failure['step']}: {failure['reason']}")
+    if options.compare:
+        print(compare.table(options.compare, options.device))
     if options.what != "measure":
         from .render import render
 

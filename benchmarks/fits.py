@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.optimize
 import scipy.stats
 
 Times = Mapping[int, Sequence[float]]  # at each size, the seconds of each round
@@ -89,27 +88,29 @@ class PowerLaw:
     sizes: tuple[int, ...]
 
 
+def _affine(n: np.ndarray, t: np.ndarray) -> tuple[float, float, float, float]:
+    """a, b, p of least squares in (a + b nᵖ)/t - 1, and the largest of these; for every p, a and b are a linear fit."""
+    p = np.arange(10, 401)[:, None] / 100
+    x, u = n**p / t, np.broadcast_to(1 / t, (len(p), len(t)))  # [P, sizes]
+    uu, ux, xx, sum_u, sum_x = ((y * z).sum(1) for y, z in ((u, u), (u, x), (x, x), (u, 1), (x, 1)))
+    det = uu * xx - ux**2
+    a, b = (xx * sum_u - ux * sum_x) / det, (uu * sum_x - ux * sum_u) / det
+    proportional = (a < 0) | (b < 0)
+    a, b = np.where(proportional, 0, a), np.where(proportional, sum_x / xx, b)
+    off = a[:, None] * u + b[:, None] * x - 1
+    best = int((off**2).sum(1).argmin())
+    return float(a[best]), float(b[best]), float(p[best, 0]), float(np.abs(off[best]).max())
+
+
 def power_law(times: Times) -> PowerLaw | None:
     """None for fewer sizes than the law has parameters, and one."""
     sizes = sorted(times)
     if len(sizes) < 4:
         return None
     n = np.asarray(sizes, dtype=float) / sizes[-1]
-
-    def fit(*medians: float) -> tuple[np.ndarray, float]:
-        t = np.asarray(medians) / medians[-1]
-
-        def off(x: np.ndarray) -> np.ndarray:
-            return (x[0] + x[1] * n ** x[2]) / t - 1
-
-        found = scipy.optimize.least_squares(off, (min(t) / 2, 1.0, 1.0), bounds=((0, 0, 0.1), (1, 2, 4)))
-        return found.x, float(np.abs(found.fun).max())
-
-    exponent = _bootstrap([times[size] for size in sizes], lambda *medians: float(fit(*medians)[0][2]))
-    medians = [float(np.median(times[size])) for size in sizes]
-    (fixed, factor, p), residual = fit(*medians)
-    scale = medians[-1]
-    return PowerLaw(float(fixed * scale), float(factor * scale / sizes[-1] ** p), exponent, residual, tuple(sizes))
+    exponent = _bootstrap([times[size] for size in sizes], lambda *medians: _affine(n, np.asarray(medians))[2])
+    fixed, factor, p, residual = _affine(n, np.asarray([float(np.median(times[size])) for size in sizes]))
+    return PowerLaw(fixed, factor / sizes[-1] ** p, exponent, residual, tuple(sizes))
 
 
 def local_slope(times: Times, size: int) -> Interval | None:

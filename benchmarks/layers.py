@@ -21,7 +21,7 @@ from . import measure
 from .gau_attention import eager_scores
 
 HEAD_DIM = 64
-WIDTHS = {"base": 768, "small": 384, "large": 1024}
+WIDTHS = {"small": 384, "base": 768, "large": 1024}
 KEY_DIM = 128  # of a gated attention unit
 CHUNK = 256  # of FLASH
 LANDMARKS = (32, 64, 128, 256)

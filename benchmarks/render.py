@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 from plotly.offline import get_plotlyjs
 
-from . import figures
+from . import figures, fits
 from .claims import FAILS, HOLDS, OPEN, all_claims
 from .claims.cost import Evidence
 from .claims.figures import FIGURES
@@ -72,6 +72,21 @@ def growth_plot(results: dict[str, Any], *, small: bool = False) -> Figure:
     return figures.lines(series, see, "tokens", "milliseconds", dotted=[results["limit"]], **how)
 
 
+def growth_fits(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Per contender the law t = a + b nᵖ that its times follow, if they were kept and are enough."""
+    times: dict[str, dict[int, list[float]]] = {}
+    for row in _measured(results["growth"]):
+        if "times" in row:
+            times.setdefault(row["contender"], {})[row["length"]] = row["times"]
+    found = []
+    for contender, mine in times.items():
+        law = fits.power_law(mine)
+        if law is not None:
+            slopes = [fits.local_slope(mine, n) for n in law.sizes[1:-1]]
+            found.append({"contender": contender, "law": law, "slopes": [s.value for s in slopes if s is not None]})
+    return found
+
+
 def table_plot(rows: list[dict[str, Any]]) -> Figure:
     """Lines: the largest error of a cosine up to a position."""
     named = {"phase in float32": "float32_phase", "kx.rope_tables": "ours"}
@@ -123,6 +138,7 @@ def render(folder: Path) -> list[Path]:
         {
             "speed": speed_plot(r),
             "growth": growth_plot(r),
+            "fits": growth_fits(r),
             "tables": table_plot(r["tables"]) if "tables" in r else None,
         }
         for r in operators

@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -196,7 +196,7 @@ class Kept:
         if fresh or not file.exists():
             return
         old = json.loads(file.read_text())
-        if old["facts"] == facts:
+        if old["facts"] == json.loads(json.dumps(facts)):
             self.found, self.failed = old["found"], old["failed"]
             if old["begun"] is not None:
                 self.failed[old["begun"]] = "the process ended in it"
@@ -213,10 +213,25 @@ class Kept:
             warnings.warn(f"{self.file} cannot be written, so this run cannot be resumed: {error}", stacklevel=2)
 
 
-def run(name: str, device: str, quick: bool, fresh: bool = False) -> Path:
+def kept_file(name: str, device: str) -> Path:
+    return RESULTS / slug(device_name(device)) / f"{name}.json"
+
+
+def _merge(results: dict[str, Any], where: str, value: Any) -> None:
+    if where == "":
+        results |= value
+    elif isinstance(value, list):
+        results[where] = results.get(where, []) + value
+    else:
+        results[where] = value
+
+
+def run(name: str, device: str, quick: bool, fresh: bool = False, places: Sequence[str] | None = None) -> Path:
     """Measures everything about an operator, the layers or quality; returns the file that holds it.
 
-    fresh: forgets what an interrupted run found.
+    Args:
+        fresh: forgets what an interrupted run found.
+        places: of results; only these are measured, and kept apart from whole runs.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")
     functorch_config.donated_buffer = False  # a compiled backward pass is timed more than once
@@ -224,10 +239,12 @@ def run(name: str, device: str, quick: bool, fresh: bool = False) -> Path:
     if name in OPERATORS:
         op = OPERATORS[name]
         results |= {"limit": op.LIMIT, "unit": op.UNIT, "versions": op.versions()}
-    facts = {k: v for k, v in results["environment"].items() if k != "date"} | {"quick": quick}
-    place = slug(device_name(device))
-    kept = Kept(PARTIAL / place / f"{name}.json", facts, fresh)
-    todo = steps(name, device, quick)
+    facts = {k: v for k, v in results["environment"].items() if k != "date"} | {"quick": quick, "places": places}
+    file = kept_file(name, device)
+    if places is not None:
+        file = PARTIAL / file.parent.name / f"{'-'.join((name, *places))}-measured.json"
+    kept = Kept(PARTIAL / file.parent.name / file.name.replace("-measured", ""), facts, fresh)
+    todo = [step for step in steps(name, device, quick) if places is None or step[0] in places]
     with tqdm(total=len(todo), desc=name, unit="step", dynamic_ncols=True) as progress:
         for where, what, find in todo:
             key = f"{where}/{what}"
@@ -240,20 +257,12 @@ def run(name: str, device: str, quick: bool, fresh: bool = False) -> Path:
                     kept.write(begun=None)
                     raise
                 except Exception as error:  # no room, a full disk: the report says so and goes on
-                    kept.failed[key] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                    kept.failed[key] = " ".join([type(error).__name__ + ":", *str(error).splitlines()[:1]])
                 kept.write(begun=None)
+            if key in kept.found:
+                _merge(results, where, kept.found[key])
             progress.update()
-            value = kept.found.get(key)
-            if value is None:
-                continue
-            if where == "":
-                results |= value
-            elif isinstance(value, list):
-                results[where] = results.get(where, []) + value
-            else:
-                results[where] = value
     results["failed"] = [{"step": key, "reason": why} for key, why in kept.failed.items()]
-    file = RESULTS / place / f"{name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(results, indent=1) + "\n")
     kept.file.unlink(missing_ok=True)

@@ -29,6 +29,7 @@ class Claim:
     says: str
     source: str
     predicted: str
+    needs: tuple[str, ...]  # the places of what was measured that it is answered from
     counted: Callable[[], str]
     answers: Callable[[Any], Iterable[Answer]]  # given the evidence of one device
 

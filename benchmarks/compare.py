@@ -1,0 +1,56 @@
+"""Two runs side by side: what got slower or faster by more than the noise of both."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from . import suite
+
+
+def _timed(results: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], dict[str, float]]]:
+    for kind in ("timings", "growth"):
+        for row in results.get(kind, []):
+            if row["seconds"] is not None:
+                yield (kind, row["case"], row["contender"]), row["seconds"]
+    for row in results.get("times", []):
+        if "seconds" in row:
+            what = f"{row['level']}, H = {row['width']}, n = {row['length']}, {row['what']}"
+            yield ("layers", what, f"{row['name']}, {row['by']}"), row["seconds"]
+    for kind in ("decoding", "rotary"):
+        for row in results.get(kind, []):
+            yield (kind, str(row.get("length", "")), row["name"]), row["seconds"]
+
+
+def rows(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each time that both have: new over old, and the same of opposite quartiles."""
+    before, found = dict(_timed(old)), []
+    for key, now in _timed(new):
+        if key in before:
+            was = before[key]
+            ratio = now["median"] / was["median"]
+            low, high = now["low"] / was["high"], now["high"] / was["low"]
+            change = "slower" if low > 1 else "faster" if high < 1 else "within noise"
+            found.append({"key": key, "ratio": ratio, "low": low, "high": high, "change": change})
+    return found
+
+
+def table(old_file: Path, device: str) -> str:
+    """An earlier run beside the one that is kept of the same on this device."""
+    old = json.loads(old_file.read_text())
+    new_file = suite.kept_file(old["op"], device)
+    if not new_file.exists():
+        raise SystemExit(f"{new_file} does not exist: measure {old['op']} first")
+    new = json.loads(new_file.read_text())
+    found = rows(old, new)
+    shown = [
+        [*r["key"], f"{r['ratio']:.2f} ({r['low']:.2f}–{r['high']:.2f})", r["change"]]
+        for r in sorted(found, key=lambda r: -abs(r["ratio"] - 1))
+    ]
+    where = [f"{r['environment']['device']}, commit {r['environment']['commit']}" for r in (old, new)]
+    head = f"{old['op']}: {where[1]}, over {where[0]}\n"
+    return head + tabulate(shown, ["part", "case", "contender", "new / old (opposite quartiles)", "change"])
