@@ -1,7 +1,7 @@
 """Builds the extension through CMake and ninja; everything else about the package is in pyproject.toml.
 
 Environment: KX_NATIVE=auto|on|off (off installs the Python package alone), KX_CUDA=auto|on|off, KX_EMULATION=on to
-build the emulation of the CUDA kernels as well, KX_CUDA_ARCHITECTURES="80;90a-real".
+build the emulation of the CUDA kernels as well, KX_CUDA_ARCHITECTURES="80;90a-real", KX_CPU_ISAS="avx2;avx512".
 """
 
 import os
@@ -46,8 +46,8 @@ class CMakeBuild(build_ext):
             f"-DKX_CUDA={switch('KX_CUDA', 'auto').upper()}",
             f"-DKX_EMULATION={switch('KX_EMULATION', 'off').upper()}",
         ]
-        if "KX_CUDA_ARCHITECTURES" in os.environ:
-            configure.append(f"-DKX_CUDA_ARCHITECTURES={os.environ['KX_CUDA_ARCHITECTURES']}")
+        lists = [name for name in ("KX_CUDA_ARCHITECTURES", "KX_CPU_ISAS") if name in os.environ]
+        configure += [f"-D{name}={os.environ[name]}" for name in lists]
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)
 

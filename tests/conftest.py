@@ -17,6 +17,8 @@ import torch
 if TYPE_CHECKING:
     from kx_kernels._core.spec import OpSpec
 
+# What an earlier version of an operator was compiled to must not be met again; read when inductor is imported.
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported
 

@@ -6,17 +6,23 @@
 namespace kx {
 namespace {
 
-Isa detect() {
-#ifdef KX_X86
+// Whether the environment leaves this instruction set, built here and known to this machine, to be chosen.
+[[maybe_unused]] bool allows(const char* name) {
   const char* wanted = std::getenv("KX_CPU_ISA");
-  const auto allows = [&](const char* name) { return wanted == nullptr || std::strcmp(wanted, name) == 0; };
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && allows("avx512")) {
+  return wanted == nullptr || std::strcmp(wanted, name) == 0;
+}
+
+Isa detect() {
+#ifdef KX_HAS_avx512
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+      allows("avx512")) {
     return Isa::kAvx512;
   }
-  if (avx2 && allows("avx2")) {
+#endif
+#ifdef KX_HAS_avx2
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+      allows("avx2")) {
     return Isa::kAvx2;
   }
 #endif

@@ -14,16 +14,24 @@ const char* isa_name();  // "portable", "avx2" or "avx512", of isa()
 }  // namespace kx
 
 // Calls `function` of the namespace that this machine should run.
-#ifdef KX_X86
+#ifdef KX_HAS_avx2
+#define KX_CASE_AVX2(function, ...) \
+  case ::kx::Isa::kAvx2:            \
+    return avx2::function(__VA_ARGS__);
+#else
+#define KX_CASE_AVX2(function, ...)
+#endif
+#ifdef KX_HAS_avx512
+#define KX_CASE_AVX512(function, ...) \
+  case ::kx::Isa::kAvx512:            \
+    return avx512::function(__VA_ARGS__);
+#else
+#define KX_CASE_AVX512(function, ...)
+#endif
 #define KX_DISPATCH(function, ...)            \
   switch (::kx::isa()) {                      \
-    case ::kx::Isa::kAvx512:                  \
-      return avx512::function(__VA_ARGS__);   \
-    case ::kx::Isa::kAvx2:                    \
-      return avx2::function(__VA_ARGS__);     \
+    KX_CASE_AVX512(function, __VA_ARGS__)     \
+    KX_CASE_AVX2(function, __VA_ARGS__)       \
     default:                                  \
       return portable::function(__VA_ARGS__); \
   }
-#else
-#define KX_DISPATCH(function, ...) return portable::function(__VA_ARGS__)
-#endif

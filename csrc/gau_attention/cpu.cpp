@@ -124,14 +124,12 @@ void run(const Problem& p, bool is_backward, int num_threads) {
 
 #ifdef KX_ISA_portable
 
-#ifdef KX_X86
 namespace avx2 {
 void run(const Problem& p, bool is_backward, int num_threads);
 }
 namespace avx512 {
 void run(const Problem& p, bool is_backward, int num_threads);
 }
-#endif
 
 void cpu(const Tensors& in, const Tensors& out, const Options& options, int num_threads) {
   const Problem p = make_problem(in, out, options, false);

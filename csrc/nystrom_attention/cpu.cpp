@@ -1134,14 +1134,12 @@ void run(const Problem& p, Pass pass, int num_threads) {
 
 #ifdef KX_ISA_portable
 
-#ifdef KX_X86
 namespace avx2 {
 void run(const Problem& p, Pass pass, int num_threads);
 }
 namespace avx512 {
 void run(const Problem& p, Pass pass, int num_threads);
 }
-#endif
 
 void cpu(const Tensors& in, const Tensors& out, const Options& options, int num_threads) {
   const Problem p = make_problem(in, out, options, Pass::kForward);

@@ -301,14 +301,12 @@ void run(const Problem& p, int num_threads) {
 
 #ifdef KX_ISA_portable
 
-#ifdef KX_X86
 namespace avx2 {
 void run(const Problem& p, int num_threads);
 }
 namespace avx512 {
 void run(const Problem& p, int num_threads);
 }
-#endif
 
 void cpu(const std::vector<Tensor>& in, const std::vector<Tensor>& out, const Tensor& cos, const Tensor& sin,
          const std::optional<Tensor>& positions, const std::optional<Tensor>& offsets,
