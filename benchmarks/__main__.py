@@ -11,13 +11,13 @@ from tabulate import tabulate
 
 from . import compare, suite
 from .claims import Claim, all_claims
-from .claims.cost import Evidence
+from .claims.evidence import Evidence
 from .environment import ROOT
 
 
 def answers(claim: Claim, options: argparse.Namespace) -> str:
     """Measures what a claim needs, beside what is kept, and tells what it says to the claim."""
-    name = "layers" if claim.id.startswith("C") else "quality"
+    name = suite.holder(claim.needs)
     results = suite.run(name, options.device, options.quick, options.fresh, claim.needs)
     row = claim.row(Evidence({name: json.loads(results.read_text())}))
     table = tabulate([list(a.values()) for a in row["answers"]], ["read as", "measured", "verdict", "why"])

@@ -12,6 +12,8 @@ from torch import Tensor
 
 import kx_kernels as kx
 
+from . import models
+
 WIDE = torch.float64
 SWISH_MEAN, SWISH_SQUARE = 0.2066, 0.3557  # of normal inputs, K8990
 
@@ -227,6 +229,94 @@ def chunks() -> dict[str, float]:
     }
 
 
+def _sentences(length: int, count: int = 4) -> Tensor:
+    """[count, length] held-out bytes, the same at every call."""
+    generator = torch.Generator().manual_seed(2)
+    return models.batch(models.text(held_out=True), count, length, generator)
+
+
+def _activations(name: str, length: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """q and k, rotated, and v of each layer of a trained model, [B, n, H, D]."""
+    model = models.load(name)
+    with torch.no_grad(), models.listening(model) as found:
+        model(_sentences(length))
+    return found
+
+
+def _performer(q: Tensor, k: Tensor, v: Tensor, features: int) -> Tensor:
+    mapped = kx.nn.FavorFeatures(q.shape[-1], features)
+    out = kx.linear_attention(q, k, v, causal=False, feature_map=mapped)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def approximations() -> list[dict[str, Any]]:
+    """Relative error against softmax attention on real activations: of landmarks and of random features."""
+    found = []
+    for n in (256, 512, 1024):
+        layers = _activations("roformer-masked", n)
+        exact = [F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in qkv)).transpose(1, 2) for qkv in layers]
+
+        def error(outs: list[Any], exact: list[Tensor] = exact) -> float:
+            off = sum((o - e).square().sum().item() for o, e in zip(outs, exact, strict=True))
+            return (off / sum(e.square().sum().item() for e in exact)) ** 0.5
+
+        for size in (16, 32, 64, 128, 256):
+            nystrom = [kx.nystrom_attention(*qkv, num_landmarks=size) for qkv in layers]
+            found.append({"length": n, "by": "Nyström", "size": size, "error": error(nystrom)})
+            performer = [_performer(*qkv, size) for qkv in layers]
+            found.append({"length": n, "by": "Performer", "size": size, "error": error(performer)})
+    return found
+
+
+def real_maps() -> list[dict[str, Any]]:
+    """Attention matrices of trained models, n = 256 and d = 32: mean rank, effective rank and entropy of rows."""
+    found = []
+    for name, kind in (("roformer-masked", "softmax"), ("linear-masked", "linear")):
+        ranks, effective, entropy = [], [], []
+        for q, k, _ in _activations(name, 256):
+            for head in range(q.shape[2]):
+                a = _weights(kind, q[0, :, head].double(), k[0, :, head].double())
+                share = (values := torch.linalg.svdvals(a)) / values.sum()
+                ranks.append(int(torch.linalg.matrix_rank(a)))
+                effective.append((-(share * share.clamp_min(1e-300).log()).sum()).exp().item())
+                entropy.append(-(a * a.clamp_min(1e-300).log()).sum(1).mean().item())
+        mean = {key: sum(x) / len(x) for key, x in (("rank", ranks), ("effective", effective), ("entropy", entropy))}
+        found.append({"name": kind, **mean})
+    return found
+
+
+def _loss(model: models.Model, length: int) -> float:
+    with torch.no_grad():
+        return models.loss(model, _sentences(length, 8), torch.Generator().manual_seed(3)).item()
+
+
+def trained() -> list[dict[str, Any]]:
+    """Every trained model's nats per byte of held-out text, by our operators and by the references."""
+    found = []
+    for name in models.MODELS:
+        model = models.load(name)
+        ours = _loss(model, models.CONTEXT)
+        with kx.backend("reference"):
+            reference = _loss(model, models.CONTEXT)
+        found.append({"name": name, "loss": ours, "reference": reference})
+    return found
+
+
+def beyond() -> list[dict[str, Any]]:
+    """Nats per byte at and beyond the trained length, on the same bytes each time."""
+    found = []
+    for length in (256, models.CONTEXT, 2 * models.CONTEXT, 4 * models.CONTEXT):
+        row: dict[str, Any] = {"length": length}
+        for name in ("roformer", "gau", "linear"):
+            model = models.load(name)
+            with torch.no_grad():
+                text = _sentences(4 * models.CONTEXT, 4).view(-1, length)
+                row[name] = models.loss(model, text, torch.Generator()).item()
+        found.append(row)
+    return found
+
+
 EXPERIMENTS: dict[str, Callable[[], Any]] = {
     "rope_relativity": rope_relativity,
     "decay": decay,
@@ -240,4 +330,8 @@ EXPERIMENTS: dict[str, Callable[[], Any]] = {
     "repeated_tokens": repeated_tokens,
     "one_function": one_function,
     "chunks": chunks,
+    "approximations": approximations,
+    "real_maps": real_maps,
+    "trained": trained,
+    "beyond": beyond,
 }

@@ -12,7 +12,7 @@ from plotly.offline import get_plotlyjs
 
 from . import figures, fits
 from .claims import FAILS, HOLDS, OPEN, all_claims
-from .claims.cost import Evidence
+from .claims.evidence import Evidence
 from .claims.figures import FIGURES
 from .figures import Figure
 from .suite import OPERATORS, RESULTS

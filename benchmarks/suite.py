@@ -182,6 +182,11 @@ def steps(name: str, device: str, quick: bool) -> list[Step]:
     )
 
 
+def holder(places: Sequence[str]) -> str:
+    """Whether these places of results are those of quality, or of layers."""
+    return "quality" if set(places) <= set(quality.EXPERIMENTS) else "layers"
+
+
 class Kept:
     """What the steps of one run have found so far, in a file that a later run goes on from.
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from .. import figures, layers
 from ..figures import Figure
-from .cost import Evidence, H, added, layer, scaled
+from .cost import added, layer, scaled
+from .evidence import Evidence, H
 
 MS = "milliseconds"
 
@@ -94,14 +95,8 @@ def decoding(e: Evidence) -> Figure:
     return figures.lines(series, "A state takes the same time after any context; a cache is read whole.", "context", MS)
 
 
-def _quality(e: Evidence, name: str) -> list[dict[str, float]]:
-    if name not in e.quality:
-        raise LookupError(f"{name} was not computed")
-    return e.quality[name]
-
-
 def decay(e: Evidence) -> Figure:
-    rows = [r for r in _quality(e, "decay") if r["distance"] > 0]
+    rows = [r for r in e.computed("decay") if r["distance"] > 0]
     series = {
         "the bound": {int(r["distance"]): r["bound"] for r in rows},
         "scores of random q and k": {int(r["distance"]): r["scores"] for r in rows},
@@ -111,7 +106,7 @@ def decay(e: Evidence) -> Figure:
 
 
 def lengths(e: Evidence) -> Figure:
-    rows = _quality(e, "lengths")
+    rows = e.computed("lengths")
     names = [name for name in rows[0] if name != "length"]
     series = {name: {int(r["length"]): r[name] for r in rows} for name in names}
     see = "What four keys that matter contribute among n: 1 is right at every length."
@@ -119,7 +114,7 @@ def lengths(e: Evidence) -> Figure:
 
 
 def smoothness(e: Evidence) -> Figure:
-    rows = [r for r in _quality(e, "landmarks") if r["inverse"] == "per_matrix"]
+    rows = [r for r in e.computed("landmarks") if r["inverse"] == "per_matrix"]
     series = {
         f"each token {smooth} of the one before": {
             int(r["landmarks"]): r["error"] for r in rows if r["smooth"] == smooth
@@ -130,6 +125,26 @@ def smoothness(e: Evidence) -> Figure:
     return figures.lines(series, see, "landmarks m", "error, of the output")
 
 
+def approximations(e: Evidence) -> Figure:
+    rows = e.computed("approximations")
+    series = {
+        f"{by}, n = {n}{', ours' if by == 'Nyström' else ''}": {
+            r["size"]: r["error"] for r in rows if (r["by"], r["length"]) == (by, n)
+        }
+        for by in ("Nyström", "Performer")
+        for n in (256, 512, 1024)
+    }
+    see = "Activations of a trained model: the same error takes fewer landmarks than random features, or it does not."
+    return figures.lines(series, see, "landmarks, or features", "error, of the output")
+
+
+def beyond(e: Evidence) -> Figure:
+    rows = e.computed("beyond")
+    series = {name: {r["length"]: r[name] for r in rows} for name in ("roformer", "gau", "linear")}
+    see = "Small models of bytes trained at 512: what longer text does to their loss."
+    return figures.lines(series, see, "tokens n", "nats per byte", logarithmic=False)
+
+
 FIGURES: dict[str, Callable[[Evidence], Figure]] = {
     "C1": feed_forward,
     "C2": mixing,
@@ -138,8 +153,10 @@ FIGURES: dict[str, Callable[[Evidence], Figure]] = {
     "C7": performer,
     "C14": decoding,
     "C16": nystrom,
+    "C17": approximations,
     "C18": pair,
     "D2": decay,
+    "D5": beyond,
     "D6": lengths,
     "D10": smoothness,
 }
