@@ -13,7 +13,7 @@ from . import suite
 
 
 def _timed(results: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], dict[str, float]]]:
-    for kind in ("timings", "growth"):
+    for kind in ("timings", "growth", "shared"):
         for row in results.get(kind, []):
             if row["seconds"] is not None:
                 yield (kind, row["case"], row["contender"]), row["seconds"]

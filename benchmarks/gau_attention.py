@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,10 +16,11 @@ from kx_kernels.ops.gau_attention import api
 from kx_kernels.ops.gau_attention.reference import gau_attention as reference
 
 from . import contest
-from .contest import Contender, Function, Missing, on, speedup
+from .contest import Contender, Function, Missing, imported, on, speedup
 from .goals import Goal, Measured
 
 KEY_DIM, VALUE_DIM = 128, 1536
+WIDTH, CHUNK = VALUE_DIM // 2, 256  # of a layer's rows; of FLASH
 QUADRATIC = 8192  # tokens of one sequence: beyond, an n × n form takes gigabytes
 EXACT = 1024  # queries: beyond, errors are looked at in the first so many, the last of which see enough
 
@@ -26,7 +28,8 @@ EXACT = 1024  # queries: beyond, errors are looked at in the first so many, the 
 @dataclass(frozen=True)
 class Case:
     """One call of one head with gate: q and k [B, n, s], v and gate [B, n, e], relu² of Su. `what`: "forward" or
-    "both"; with `past`, one query against so many keys."""
+    "both"; with `past`, one query against so many keys. With `module`, a whole layer of FLASH-pytorch, "GAU" or
+    "FLASH", on rows [B, n, e / 2]."""
 
     name: str
     dtype: torch.dtype
@@ -35,10 +38,13 @@ class Case:
     causal: bool
     what: str = "forward"
     past: int = 0
+    module: str = ""
 
     @property
     def bytes_moved(self) -> int:
         """Each input read once and each output written once; with their gradients, 13 tensors for 5."""
+        if self.module:
+            return 2 * self.batch * self.length * WIDTH * self.dtype.itemsize
         keys = self.past or self.length
         rows = self.batch * self.dtype.itemsize
         once = rows * (self.length * (KEY_DIM + 2 * VALUE_DIM) + keys * (KEY_DIM + VALUE_DIM))
@@ -47,6 +53,12 @@ class Case:
     @property
     def work(self) -> int:
         """Floating-point operations of the products of pairs that see each other: two forward, five backward."""
+        if self.module:
+            rows = self.batch * self.length
+            within = min(self.length, CHUNK) if self.module == "FLASH" else self.length
+            between = 2 * KEY_DIM * VALUE_DIM if self.module == "FLASH" else 0
+            pairs = within * (KEY_DIM + VALUE_DIM) // (2 if self.causal else 1)
+            return 2 * rows * (WIDTH * (3 * VALUE_DIM + KEY_DIM) + pairs + between)
         deep, wide = (4, 3) if self.what == "both" else (1, 1)
         keys = self.past or self.length
         flops = 2 * self.batch * self.length * keys * (deep * KEY_DIM + wide * VALUE_DIM)
@@ -65,6 +77,7 @@ def cases(device: str) -> list[Case]:
             replace(BASE, name="float32, causal, forward and backward", what="both"),
             replace(BASE, name="float32, full, forward and backward", what="both", causal=False),
             replace(BASE, name="bfloat16, causal", dtype=torch.bfloat16),
+            *(replace(BASE, name=f"layer {m}, causal, n = 2048", length=2048, module=m) for m in ("GAU", "FLASH")),
             replace(BASE, name="decode: float32, one query, 4096 keys", batch=8, length=1, past=4096),
         ]
     found = []
@@ -72,8 +85,10 @@ def cases(device: str) -> list[Case]:
         for causal in (True, False):
             name = f"bfloat16, {'causal' if causal else 'full'}, n = {n}"
             found.append(replace(LARGE, name=name, length=n, causal=causal))
+    layer = replace(LARGE, dtype=torch.float32, batch=1)
     return [
         *found,
+        *(replace(layer, name=f"layer {m}, causal, float32, n = 8192", module=m) for m in ("GAU", "FLASH")),
         replace(LARGE, name="bfloat16, causal, n = 8192, forward and backward", what="both"),
         replace(LARGE, name="bfloat16, full, n = 8192, forward and backward", what="both", causal=False),
         replace(LARGE, name="decode: bfloat16, one query, 8192 keys", length=1, past=8192),
@@ -82,23 +97,38 @@ def cases(device: str) -> list[Case]:
 
 def sweep(device: str) -> list[Case]:
     """The same call at growing lengths."""
-    base, most = (BASE, 13) if device == "cpu" else (replace(LARGE, batch=1), 15)
+    base, most = (BASE, 14) if device == "cpu" else (replace(LARGE, batch=1), 15)
     return [replace(base, name=f"n = {1 << n}", length=1 << n) for n in range(7, most + 1)]
+
+
+def shared(device: str) -> list[Case]:
+    """The same number of tokens in longer and fewer sequences."""
+    tokens, lengths = (4096, range(7, 13, 2)) if device == "cpu" else (32768, range(7, 16))
+    base = BASE if device == "cpu" else LARGE
+    return [replace(base, name=f"n = {1 << n}", batch=tokens >> n, length=1 << n) for n in lengths]
 
 
 class Inputs:
     """One set of buffers of a case."""
 
+    leaves: tuple[Tensor, ...]
+    grads: tuple[Tensor, ...]
+
     def __init__(self, case: Case, device: str, seed: int = 0) -> None:
         self.case = case
         generator = torch.Generator().manual_seed(seed)
+        if case.module:
+            shape = (case.batch, case.length, WIDTH)
+            x, grad = (torch.randn(shape, generator=generator).to(device, case.dtype) for _ in range(2))
+            self.leaves, self.grads = (x,), (grad,)
+            return
 
         def random(length: int, dim: int) -> Tensor:
             return torch.randn(case.batch, length, 1, dim, generator=generator).to(device, case.dtype)
 
         keys = case.past or case.length
-        self.leaves = (random(case.length, KEY_DIM), random(keys, KEY_DIM), random(keys, VALUE_DIM))
-        self.leaves = (*self.leaves, random(case.length, VALUE_DIM))
+        q, k, v = random(case.length, KEY_DIM), random(keys, KEY_DIM), random(keys, VALUE_DIM)
+        self.leaves = (q, k, v, random(case.length, VALUE_DIM))
         self.grads = (random(case.length, VALUE_DIM),)
 
 
@@ -135,8 +165,9 @@ def eager(case: Case) -> Function:
 
 
 def _eager(x: Inputs) -> Function:
-    if x.case.batch * max(x.case.length, x.case.past) ** 2 * x.case.dtype.itemsize > 20e9:
-        raise Missing("its n × n scores would take tens of gigabytes")
+    scores = x.case.batch * x.case.length * max(x.case.length, x.case.past) * x.case.dtype.itemsize
+    if scores > (20e9 if x.leaves[0].is_cuda else 1e9):
+        raise Missing("its n × n scores would take gigabytes")
     return eager(x.case)
 
 
@@ -146,6 +177,8 @@ def _compiled(x: Inputs) -> Function:
 
 def _softmax(x: Inputs) -> Function:
     """Softmax attention of as many operations: the same q, k and v, and the gate after it."""
+    if x.case.length > QUADRATIC and not x.leaves[0].is_cuda:
+        raise Missing("it would take many seconds")
 
     def attend(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
@@ -184,6 +217,30 @@ def _flex(x: Inputs) -> Function:
     return attend
 
 
+def _modules(theirs: bool) -> Callable[[Inputs], Function]:
+    """FLASH-pytorch's layer, or what stands in for it, with the same weights, scales as large as trained ones."""
+
+    def prepare(x: Inputs) -> Function:
+        ours = importlib.import_module("kx_kernels.compat.flash_pytorch")
+        module = imported("flash_pytorch", "FLASH-pytorch") if theirs else ours
+        how: dict[str, Any] = {"dim": WIDTH, "query_key_dim": KEY_DIM, "causal": x.case.causal}
+        how |= {"group_size": CHUNK} if x.case.module == "FLASH" else {}
+        torch.manual_seed(0)
+        weights = {
+            name: 50 * w if name.endswith("gamma") else w
+            for name, w in getattr(ours, x.case.module)(**how).state_dict().items()
+        }
+        layer = getattr(module, x.case.module)(**how)
+        layer.load_state_dict(weights, strict=False)
+        return layer.to(x.leaves[0]).eval()
+
+    return prepare
+
+
+def _compiled_module(x: Inputs) -> Function:
+    return torch.compile(_modules(theirs=True)(x), dynamic=False)
+
+
 MIXED = "mixed chunks (FLASH)"
 CONTENDERS = [
     *(Contender(f"kx {backend}", "ours", _ours(backend)) for backend in ("cuda", "triton", "cpu", "reference")),
@@ -193,11 +250,16 @@ CONTENDERS = [
     Contender("FlexAttention, log(f + 1)", "torch", _flex),
     Contender(MIXED, "other", _mixed),
 ]
+LAYERS = [
+    Contender("kx compat.flash_pytorch", "ours", _modules(theirs=False)),
+    Contender("FLASH-pytorch", "peer", _modules(theirs=True)),
+    Contender("FLASH-pytorch, torch.compile", "peer", _compiled_module),
+]
 OURS = ("kx cuda", "kx triton")  # on a GPU
 LIMIT = "torch's matrix products"
 UNIT = "FLOP"  # of a case's work
 HOST_GRADIENTS = False
-PACKAGES = ()
+PACKAGES = ("FLASH-pytorch",)
 
 
 def versions() -> dict[str, str | None]:
@@ -206,6 +268,13 @@ def versions() -> dict[str, str | None]:
 
 def error(function: Function, x: Inputs) -> float:
     """The largest difference from float64 over the largest value, of the first queries where there are many."""
+    if x.case.module:
+        with torch.no_grad(), kx.backend("reference"):
+            y = function(*x.leaves).double()
+            wide = Inputs(replace(x.case, dtype=torch.float64), x.leaves[0].device.type)
+            wide.leaves = tuple(leaf.double() for leaf in x.leaves)
+            exact = _modules(theirs=False)(wide)(*wide.leaves)
+        return (y - exact).abs().max().item() / exact.abs().max().item()
     q, k, v, gate = (y.double() for y in x.leaves)
     causal, out = x.case.causal, function(*x.leaves)
     if x.case.length > EXACT:
@@ -217,14 +286,16 @@ def error(function: Function, x: Inputs) -> float:
 
 
 def calls(
-    case: Case, sets: list[Inputs], contenders: Sequence[Contender] = CONTENDERS
+    case: Case, sets: list[Inputs], contenders: Sequence[Contender] | None = None
 ) -> Iterator[tuple[Contender, Callable[[int], object] | str]]:
-    return contest.calls(sets, contenders, error)
+    return contest.calls(sets, contenders or (LAYERS if case.module else CONTENDERS), error)
 
 
 def limit(sets: list[Inputs]) -> Callable[[int], object]:
     """The products alone, as torch takes them; causal, of half as many queries."""
     case = sets[0].case
+    if case.module:
+        return _layer_limit(sets[0])
     rows = max(1, case.length // 2) if case.causal else case.length
     q, k, v, gate = (x[:, :, 0] for x in sets[0].leaves)
     q, gate = q[:, :rows], gate[:, :rows]
@@ -239,6 +310,25 @@ def limit(sets: list[Inputs]) -> Callable[[int], object]:
                 torch.matmul(part, k.mT, out=scores[:, : part.shape[1]])
             for _ in range(wide):
                 torch.matmul(scores[:, : part.shape[1]], v, out=gate[:, first : first + block])
+
+    return call
+
+
+def _layer_limit(x: Inputs) -> Callable[[int], object]:
+    """A layer's products: those of its projections, and of a unit whose scores see half of the keys, or a chunk."""
+    rows = x.leaves[0][0]
+    inward, outward = rows.new_ones(WIDTH, 2 * VALUE_DIM + KEY_DIM), rows.new_ones(VALUE_DIM, WIDTH)
+    within = min(len(rows), CHUNK) if x.case.module == "FLASH" else len(rows)
+    seen = within // 2 if x.case.causal else within
+    q, v = rows.new_ones(len(rows), KEY_DIM), rows.new_ones(len(rows), VALUE_DIM)
+
+    def call(turn: int) -> None:
+        for _ in range(x.case.batch):
+            torch.matmul(rows, inward)
+            torch.matmul(torch.matmul(q, q[:seen].mT), v[:seen])
+            if x.case.module == "FLASH":
+                torch.matmul(q, torch.matmul(q.mT, v))
+            torch.matmul(v, outward)
 
     return call
 
@@ -267,7 +357,7 @@ def _megabytes(results: dict[str, Any]) -> Measured | None:
 
 def _mixed_speedup(results: dict[str, Any]) -> Measured | None:
     """Mixed chunks against the best of our quadratic kernels, at 8192 tokens."""
-    rows = {r["contender"]: r["seconds"] for r in results["growth"] if r["length"] == 8192 and r["seconds"]}
+    rows = {r["contender"]: r["seconds"] for r in results["growth"] if r["case"] == "n = 8192" and r["seconds"]}
     mine = min((rows[name] for name in ("kx cpu", *OURS) if name in rows), key=lambda r: r["median"], default=None)
     linear = rows.get(MIXED)
     if mine is None or linear is None:

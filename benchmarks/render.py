@@ -57,17 +57,18 @@ def speed_plot(results: dict[str, Any]) -> str:
     return figures.to_html(figure)
 
 
-def growth_plot(results: dict[str, Any], *, small: bool = False) -> Figure:
+def growth_plot(results: dict[str, Any], *, rows: str = "growth", small: bool = False) -> Figure:
     """Lines: time against length; small: ours, the limit, and two rivals, without a legend."""
-    rows = _measured(results["growth"])
     series: dict[str, dict[int, float]] = {}
-    for row in sorted(rows, key=lambda r: r["length"]):
+    for row in sorted(_measured(results[rows]), key=lambda r: r["length"]):
         series.setdefault(row["contender"], {})[row["length"]] = row["seconds"]["median"] * 1e3
     if small:
         rivals = [n for n in series if not figures.ours(n) and n != results["limit"]][:2]
         mine = [n for n in series if figures.ours(n) and "reference" not in n][:1]
         series = {n: series[n] for n in (*mine, results["limit"], *rivals)}
     see = "Once a call's fixed cost is paid, a line runs parallel to the limit's, whose work grows as the operator's."
+    if rows == "shared":
+        see = "The same number of tokens in longer and fewer sequences: what is level is linear in n."
     how: dict[str, Any] = {"height": 220, "legend": False} if small else {"height": 420}
     return figures.lines(series, see, "tokens", "milliseconds", dotted=[results["limit"]], **how)
 
@@ -139,6 +140,7 @@ def render(folder: Path) -> list[Path]:
             "speed": speed_plot(r),
             "growth": growth_plot(r),
             "fits": growth_fits(r),
+            "shared": growth_plot(r, rows="shared") if "shared" in r else None,
             "tables": table_plot(r["tables"]) if "tables" in r else None,
         }
         for r in operators

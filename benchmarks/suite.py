@@ -121,6 +121,8 @@ def operator_steps(op: Any, name: str, device: str, quick: bool) -> Iterator[Ste
         yield "timings", case.name, lambda case=case: timings(op, case, device, seconds)
     for case in sweep:
         yield "growth", case.name, lambda case=case: timings(op, case, device, seconds / 8)
+    for case in () if quick or not hasattr(op, "shared") else op.shared(device):
+        yield "shared", case.name, lambda case=case: timings(op, case, device, seconds / 8)
     yield "host", "host time", lambda: host_times(op, device)
     yield "memory", "memory", lambda: memory(op, device)
     yield "import", "import", lambda: import_seconds(2 if quick else 5)

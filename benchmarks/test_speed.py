@@ -20,7 +20,7 @@ CALLS = [
     pytest.param(op, case, contender, id=f"{name}-{case.name}-{contender.name}")
     for name, op in OPERATORS.items()
     for case in op.cases(DEVICE)
-    for contender in op.CONTENDERS
+    for contender in (op.LAYERS if getattr(case, "module", "") else op.CONTENDERS)
     if contender.kind == "ours"
 ]
 
