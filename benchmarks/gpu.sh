@@ -33,9 +33,11 @@ step contract 200 "$python" -m pytest tests -q --maxfail=20 --ignore tests/test_
 for tool in memcheck racecheck initcheck; do
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-regex kns=kx \
     "$python" -m pytest tests/test_contract.py -q -p no:cacheprovider \
-    -k "within_budget and cuda-cuda and (bfloat16 or float64) and (R6 or D128 or packed or cu_seqlens)"
+    -k "within_budget and cuda-cuda and (bfloat16 or float64) and (R6 or D128 or s128 or packed or cu_seqlens)"
 done
-step measure 200 "$python" -m benchmarks measure --device cuda
+operators=(--only rope --only linear_attention --only gau_attention --only nystrom_attention)
+step measure 200 "$python" -m benchmarks measure --device cuda "${operators[@]}"
+step layers 100 "$python" -m benchmarks measure --device cuda --only layers --only quality  # a second call goes on
 mkdir -p "$out/results" && cp -r benchmarks/results/*/ "$out/results/" 2> /dev/null
 echo "failed: ${failed[*]:-none}"
 [ ${#failed[@]} -eq 0 ]
