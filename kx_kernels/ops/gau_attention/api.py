@@ -11,8 +11,7 @@ from torch import Tensor
 from ..._core import dispatch
 from ..._core.checks import FLOATS, INDICES, Description, bound, check_int, check_tensor, reject
 from ..rope.api import rope as rotate
-from ._autograd import attend
-from ._backends import backends
+from ._backends import OPERATOR, backends
 from ._problem import GauProblem
 from .presets import ACTIVATIONS, NORMALIZERS, PRESETS, SCALES, SOFTMAXES, Preset, resolve
 
@@ -116,7 +115,7 @@ def gau_attention(
             raise dispatch.UnsupportedError(f"{OP}: backend {wanted!r} cannot serve this call\n  {wanted}: {_TORCHS}")
         o = _by_softmax(p, how)
     else:
-        o = attend(p, wanted)
+        o = OPERATOR.attend(p, wanted)
     return o if cu_seqlens is None else o[0]
 
 

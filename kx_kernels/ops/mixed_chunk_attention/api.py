@@ -11,8 +11,7 @@ from torch import Tensor
 from ..._core import dispatch
 from ..._core.checks import FLOATS, INDICES, Description, bound, check_int, check_tensor, reject
 from ..rope.api import rope as rotate
-from ._autograd import attend
-from ._backends import backends
+from ._backends import OPERATOR, backends
 from ._problem import MixedProblem
 from .presets import ACTIVATIONS, LIN_NORMALIZERS, NORMALIZERS, PRESETS, SCALES, resolve
 
@@ -98,7 +97,7 @@ def mixed_chunk_attention(
     Source: Hua et al., "Transformer Quality in Linear Time" (arXiv:2202.10447); Su, kexue.fm/archives/8934.
     """
     given = {name: x for name, x in locals().items() if name != "backend"}
-    o = attend(_checked(**given), dispatch.requested(backend))
+    o = OPERATOR.attend(_checked(**given), dispatch.requested(backend))
     return o if cu_seqlens is None else o[0]
 
 

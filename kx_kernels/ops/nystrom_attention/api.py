@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ..._core import dispatch
 from ..._core.checks import FLOATS, INDICES, Description, bound, check_int, check_tensor, reject
-from ._autograd import attend
-from ._backends import backends, read_out_factors
+from ._backends import OPERATOR, backends, read_out_factors
 from ._backends import factors as factors_of
 from ._problem import NystromProblem
 from .presets import CONVENTIONS, INITS, lay_out, masks, roads
@@ -107,7 +106,7 @@ def nystrom_attention(
         causal=causal,
         return_factors=return_factors,
     )
-    o = attend(p, dispatch.requested(backend))
+    o = OPERATOR.attend(p, dispatch.requested(backend))
     if not return_factors:
         return o if cu_seqlens is None else o[0]
     front, back = read_out_factors(p._replace(q=p.q.contiguous(), k=p.k.contiguous()))
