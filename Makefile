@@ -31,7 +31,7 @@ report: $(VENV)/built
 	$(RUN) python -m benchmarks report
 
 test: $(VENV)/built
-	$(RUN) python -m pytest
+	$(RUN) python -m pytest -n auto --dist loadgroup
 
 lint: $(VENV)/installed
 	$(RUN) ruff check .

@@ -150,3 +150,14 @@ def speedup(case: str, over: str, ours: tuple[str, ...] = ("kx cpu",)) -> Callab
         return mine["median"] / theirs["median"], mine["low"] / theirs["high"], mine["high"] / theirs["low"]
 
     return value
+
+
+def milliseconds(case: str, ours: tuple[str, ...]) -> Callable[[dict[str, Any]], Measured | None]:
+    """Of the fastest of these contenders."""
+
+    def value(results: dict[str, Any]) -> Measured | None:
+        rows = [r["seconds"] for r in results["timings"] if r["case"] == case and r["contender"] in ours]
+        best = min((r for r in rows if r), key=lambda r: r["median"], default=None)
+        return (best["median"] * 1e3, best["low"] * 1e3, best["high"] * 1e3) if best else None
+
+    return value

@@ -17,11 +17,16 @@ from tqdm import tqdm
 
 from kx_kernels.testing import codegen
 
-from . import accuracy, counts, gau_attention, linear_attention, measure, rope
+from . import accuracy, counts, gau_attention, linear_attention, measure, nystrom_attention, rope
 from .environment import ROOT, cache_bytes, device_name, environment, slug
 
 RESULTS = ROOT / "benchmarks" / "results"
-OPERATORS = {"rope": rope, "linear_attention": linear_attention, "gau_attention": gau_attention}
+OPERATORS = {
+    "rope": rope,
+    "linear_attention": linear_attention,
+    "gau_attention": gau_attention,
+    "nystrom_attention": nystrom_attention,
+}
 
 
 def timings(op: Any, case: Any, device: str, seconds: float) -> list[dict[str, Any]]:

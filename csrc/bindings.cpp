@@ -8,6 +8,7 @@
 #include "gau_inputs/problem.h"
 #include "linear_attention/problem.h"
 #include "mixed_chunk_attention/problem.h"
+#include "nystrom_attention/problem.h"
 #include "rope/problem.h"
 #ifdef KX_EMULATION
 #include "emulation/block.h"
@@ -65,6 +66,11 @@ PYBIND11_MODULE(KX_MODULE_NAME, m) {
         py::call_guard<py::gil_scoped_release>());
   m.def("gau_inputs_cpu", &kx::gau_inputs::cpu, py::call_guard<py::gil_scoped_release>());
   m.def("gau_inputs_cpu_backward", &kx::gau_inputs::cpu_backward, py::call_guard<py::gil_scoped_release>());
+  m.def("nystrom_attention_cpu", &kx::nystrom_attention::cpu, py::call_guard<py::gil_scoped_release>());
+  m.def("nystrom_attention_cpu_matrices", &kx::nystrom_attention::cpu_matrices,
+        py::call_guard<py::gil_scoped_release>());
+  m.def("nystrom_attention_cpu_backward", &kx::nystrom_attention::cpu_backward,
+        py::call_guard<py::gil_scoped_release>());
 #endif
 #ifdef KX_HAS_CUDA
   m.attr("has_cuda") = true;

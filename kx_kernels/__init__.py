@@ -10,6 +10,7 @@ from .ops.gau_inputs.api import gau_inputs
 from .ops.linear_attention.api import linear_attention, linear_attention_step
 from .ops.linear_attention.state import LinearAttentionState
 from .ops.mixed_chunk_attention.api import mixed_chunk_attention
+from .ops.nystrom_attention.api import nystrom_attention
 from .ops.rope.api import rope
 from .ops.rope.tables import rope_tables
 
@@ -24,6 +25,7 @@ __all__ = [
     "linear_attention_step",
     "mixed_chunk_attention",
     "nn",
+    "nystrom_attention",
     "rope",
     "rope_tables",
 ]

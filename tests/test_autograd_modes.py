@@ -34,6 +34,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
     "linear_attention": (kx.linear_attention, (4, 4, 4)),
     "gau_attention": (kx.gau_attention, (4, 4, 6, 6)),
     "gau_inputs": (lambda x, y, **how: kx.gau_inputs(None, x[0], x[0], y[0, 0], **how)[2][None], (4, 4)),
+    "mixed_chunk_attention": (kx.mixed_chunk_attention, (4, 4, 4, 4, 6, 6)),
 }
 functions = pytest.mark.parametrize(("function", "widths"), FUNCTIONS.values(), ids=FUNCTIONS)
 backends = pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -107,7 +108,7 @@ def test_traced_functions_compute(function: Callable[..., Any], widths: tuple[in
     assert same_bits(traced(*other), function(*other))
 
 
-@pytest.mark.parametrize("name", ["linear_attention", "gau_attention", "gau_inputs"])
+@pytest.mark.parametrize("name", ["linear_attention", "gau_attention", "gau_inputs", "mixed_chunk_attention"])
 @backends
 def test_a_batch_of_gradients(backend: str, name: str) -> None:
     function, widths = FUNCTIONS[name]

@@ -20,6 +20,7 @@ from kx_kernels.testing.codegen import ARCHITECTURES, MachineCode, from_json, pr
 
 pytest.importorskip("triton", reason="triton brings the compiler and the disassembler")
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.xdist_group("codegen")  # one process compiles, once
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kx_kernels as kx
+from kx_kernels.ops.gau_attention.reference import eager
 from kx_kernels.ops.gau_attention.reference import gau_attention as reference
 from kx_kernels.ops.gau_attention.spec import SPEC
 from kx_kernels.testing.budget import assert_within_budget
@@ -232,6 +233,56 @@ def test_rows_that_see_nothing_are_zero(lane: Any, how: dict[str, Any]) -> None:
     assert not out[1].any()
     assert not any(g.isnan().any() for g in grads)
     assert not any(g[1].any() for g in grads)
+
+
+@pytest.mark.parametrize("size", [2.0**-10, 2.0**-4, 2.0**8])
+def test_half_holds_every_score(lane: Any, size: float) -> None:
+    """Squared relu of x·2ⁿ is that of x times 4ⁿ: the same bits, though float16 holds neither 2⁻⁴⁰ nor 2⁴⁰."""
+    q, k, v, gate = ((8 * x).round().half() / 8 for x in inputs(lane))  # which times 2⁻¹⁰ is exact
+    grads = []
+    for s in (1.0, size):
+        leaves = [x.requires_grad_() for x in (q * s, k * s, v.clone(), gate.clone())]
+        out = attend(*leaves, causal=True, normalizer=s**4, backend=lane.backend)
+        grads.append([out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))[2:]])
+    for a, b in zip(*grads, strict=True):
+        assert a.isfinite().all()
+        assert a.abs().max() > 0.5
+        assert same_bits(a, b)
+
+
+@pytest.mark.parametrize("n", [512, 513, 640, 641, 1000])
+def test_many_tiles(lane: Any, n: int) -> None:
+    if lane.backend == "triton" and lane.slow:
+        pytest.skip("takes minutes")
+    dtype = torch.bfloat16 if lane.slow else torch.float32
+    made = torch.Generator().manual_seed(n)
+    sizes = (32, 32, 72, 72)
+    leaves = [torch.randn(1, n, 1, d, generator=made).to(lane.device, dtype).requires_grad_() for d in sizes]
+    weight = torch.randn(1, n, 1, 72, generator=made).to(lane.device)
+
+    def results(function: Any, to: torch.dtype, **how: Any) -> list[Tensor]:
+        own = [x.detach().to(to).requires_grad_() for x in leaves]
+        out = function(*own, causal=True, **how)
+        return [out.detach(), *torch.autograd.grad(out, own, weight.to(to))]
+
+    ours = results(attend, dtype, backend=lane.backend)
+    plain = eager if lane.backend in ("cuda", "triton") else reference
+    for i, found in enumerate(zip(ours, results(reference, torch.float64), results(plain, dtype), strict=True)):
+        assert_within_budget(*found, f"result {i}")
+
+
+def test_less_workspace_is_more_passes(lane: Any) -> None:
+    """The same forward; backward the same but for the order of sums."""
+    made = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(2, 150, 2, d, generator=made).to(lane.device).requires_grad_() for d in (16, 16, 24, 24)]
+    bias = torch.randn(299, generator=made).to(lane.device).requires_grad_()
+    results = []
+    for workspace in (0, 1 << 26):
+        out = attend(*leaves, bias=bias, causal=True, workspace=workspace, backend=lane.backend)
+        results.append([out, *torch.autograd.grad(out, (*leaves, bias), torch.ones_like(out))])
+    assert same_bits(results[0][0].detach(), results[1][0].detach())
+    for few, many in zip(*results, strict=True):
+        assert_close_in_float32(few, many)
 
 
 def test_relu2_is_flat_at_zero(lane: Any) -> None:

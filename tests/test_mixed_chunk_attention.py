@@ -123,7 +123,7 @@ def assert_close_in_float32(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=4 * torch.finfo(torch.float32).eps * b.abs().max().item())
 
 
-@pytest.mark.parametrize("chunk", [20, 33])
+@pytest.mark.parametrize("chunk", [20, 33, 2**31 - 1])
 def test_one_causal_chunk_is_gated_attention(lane: Any, chunk: int) -> None:
     quad_q, quad_k, lin_q, lin_k, v, gate = inputs(lane)
     where = {"causal": True, "backend": lane.backend}
@@ -289,10 +289,10 @@ def test_long_sequences_take_little(lane: Any) -> None:
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_threads_change_only_the_order_of_sums(lane: Any, causal: bool) -> None:
-    """One, or several that cut a sequence into segments."""
+    """One, or several that cut sequences into segments."""
     if lane.backend != "cpu":
         pytest.skip("its threads are not ours")
-    leaves = [x.requires_grad_() for x in inputs(lane, length=1000, batch=1)]
+    leaves = [x.requires_grad_() for x in inputs(lane, length=1000)]
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 7):

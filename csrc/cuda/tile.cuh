@@ -62,6 +62,17 @@ __device__ inline typename Products<T>::Operand operand(float x) {
   }
 }
 
+// Whether the machine that this is compiled for is one that a kernel of these products is for: bfloat16's are made with
+// wgmma and without.
+template <class T, bool kWgmma>
+__host__ __device__ constexpr bool runs_here() {
+#ifdef KX_EMULATION
+  return true;
+#else
+  return kWgmma == (KX_SM90A && std::is_same_v<T, bfloat16>);
+#endif
+}
+
 // Where wgmma finds rows `row` on of a tile's columns `column` on: with k along the rows, or if kTurned down them.
 template <bool kTurned, class E, int kRows, int kColumns, int kSwizzle>
 __device__ inline MatrixDescriptor describe(Tile<E, kRows, kColumns, kSwizzle>& tile, int row, int column) {
@@ -74,8 +85,9 @@ __device__ inline MatrixDescriptor describe(Tile<E, kRows, kColumns, kSwizzle>& 
 // d += a · b for k in [0, depth). a is [16, k] from (a_row, 0) of its tile, or [k, 16] from (0, a_row) if kTurnedA; b
 // is [8·N, k] from (b_row, 0), or [k, 8·N] from (0, b_row) if kTurnedB. With swizzled tiles four warps do it together,
 // whose a_row are 16 apart from a multiple of 64 on.
-template <class T, bool kTurnedA, bool kTurnedB, int N, class A, class B>
-__device__ inline void multiply(float (&d)[N][4], A& a, int a_row, B& b, int b_row, int depth) {
+// meanwhile() is called once, and should not touch d: wgmma goes on beside it.
+template <class T, bool kTurnedA, bool kTurnedB, int N, class A, class B, class Meanwhile>
+__device__ inline void multiply(float (&d)[N][4], A& a, int a_row, B& b, int b_row, int depth, Meanwhile&& meanwhile) {
   const int lane = threadIdx.x % 32;
   if constexpr (A::kPanel == A::kStride) {
     auto& registers = reinterpret_cast<float (&)[4 * N]>(d);
@@ -88,8 +100,10 @@ __device__ inline void multiply(float (&d)[N][4], A& a, int a_row, B& b, int b_r
                               kTurnedB ? describe<true>(b, k, b_row) : describe<false>(b, b_row, k));
     }
     commit_products();
+    meanwhile();
     wait_products<0>(registers);
   } else if constexpr (std::is_same_v<T, bfloat16>) {
+    meanwhile();
     const int low = lane % 8, second = lane / 8 % 2 * 8, third = lane / 16 * 8;
 #pragma unroll 2  // all at once would keep every address in a register
     for (int k = 0; k < depth; k += 16) {
@@ -111,6 +125,7 @@ __device__ inline void multiply(float (&d)[N][4], A& a, int a_row, B& b, int b_r
       }
     }
   } else {
+    meanwhile();
     const int g = lane / 4, t = lane % 4;
 #pragma unroll(N > 8 ? 1 : 2)
     for (int k = 0; k < depth; k += 8) {
@@ -132,6 +147,11 @@ __device__ inline void multiply(float (&d)[N][4], A& a, int a_row, B& b, int b_r
       }
     }
   }
+}
+
+template <class T, bool kTurnedA, bool kTurnedB, int N, class A, class B>
+__device__ inline void multiply(float (&d)[N][4], A& a, int a_row, B& b, int b_row, int depth) {
+  multiply<T, kTurnedA, kTurnedB>(d, a, a_row, b, b_row, depth, [] {});
 }
 
 }  // namespace kx

@@ -189,16 +189,18 @@ class Block {
     for (int step = 0; step < steps; ++step) {
       wait_copies<F::kStages - 2>();
       sync();
-      const int next = step + F::kStages - 1;
-      if (next < steps) {
-        fetch(shared.stages[next % F::kStages], next);
-      }
-      commit_copies();
       Stage<F>& stage = shared.stages[step % F::kStages];
+      const auto fetch_next = [&] {
+        const int next = step + F::kStages - 1;
+        if (next < steps) {
+          fetch(shared.stages[next % F::kStages], next);
+        }
+        commit_copies();
+      };
       if constexpr (kTurnedA) {
-        multiply<T, true, kTurnedB>(d, stage.turned_a, 16 * warp, b<kTurnedB>(stage), 0, F::kDepth);
+        multiply<T, true, kTurnedB>(d, stage.turned_a, 16 * warp, b<kTurnedB>(stage), 0, F::kDepth, fetch_next);
       } else {
-        multiply<T, false, kTurnedB>(d, stage.a, 16 * warp, b<kTurnedB>(stage), 0, F::kDepth);
+        multiply<T, false, kTurnedB>(d, stage.a, 16 * warp, b<kTurnedB>(stage), 0, F::kDepth, fetch_next);
       }
       seen(stage);
     }

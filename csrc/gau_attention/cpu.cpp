@@ -57,7 +57,7 @@ void backward(const Problem& p, int threads) {
   const int64_t width = Worker<T, A>(p, true).row_width();
   const int64_t queries = p.batch * p.queries * p.heads * width, distances = p.bias_heads * p.distances;
   Buffer<A> grad_q = zeros<A>(static_cast<size_t>(parts * queries + width));
-  Buffer<A> grad_bias = zeros<A>(static_cast<size_t>(p.bias != nullptr ? tasks * distances : 1));
+  Buffer<double> grad_bias = zeros<double>(static_cast<size_t>(p.bias != nullptr ? tasks * distances : 1));
 #pragma omp parallel num_threads(static_cast<int>(std::clamp<int64_t>(tasks, 1, threads))) if (threads > 1)
   {
     Worker<T, A> worker(p, true);
@@ -66,7 +66,7 @@ void backward(const Problem& p, int threads) {
       const int64_t part = task % parts, kv_head = task / parts % p.kv_heads, n = task / parts / p.kv_heads;
       const Sequence s = sequence(p, n);
       A* const rows = grad_q.get() + part * queries + (s.batch * p.queries + s.query_row) * p.heads * width;
-      A* const bias = p.bias != nullptr ? grad_bias.get() + task * distances : nullptr;
+      double* const bias = p.bias != nullptr ? grad_bias.get() + task * distances : nullptr;
       for (int64_t key = part * kKeysBackward; key < s.keys; key += parts * kKeysBackward) {
         worker.begin_gradients(s, kv_head, key);
         worker.add_gradients(s, kv_head, key, rows, bias);
@@ -90,14 +90,12 @@ void backward(const Problem& p, int threads) {
       }
     }
   }
-  for (int64_t task = 0; task < tasks && p.grad_bias != nullptr; ++task) {
-    for (int64_t at = 0; at < distances; ++at) {
-      A& sum = static_cast<A*>(p.grad_bias)[at];
-      sum = (task > 0 ? sum : A{0}) + grad_bias[task * distances + at];
+  for (int64_t at = 0; at < distances && p.grad_bias != nullptr; ++at) {
+    double sum = 0;
+    for (int64_t task = 0; task < tasks; ++task) {
+      sum += grad_bias[task * distances + at];
     }
-  }
-  if (p.grad_bias != nullptr && tasks == 0) {
-    std::fill_n(static_cast<A*>(p.grad_bias), distances, A{0});
+    static_cast<A*>(p.grad_bias)[at] = static_cast<A>(sum);
   }
   clear_surplus<T>(p, p.grad_k, p.cu_seqlens_k, p.keys, p.kv_heads, p.key_dim);
   clear_surplus<T>(p, p.grad_v, p.cu_seqlens_k, p.keys, p.kv_heads, p.value_dim);

@@ -328,11 +328,19 @@ __device__ __forceinline__ void add_diagonals(const Pass& pass, int64_t id) {
 
 template <class F, bool kBackward>
 __global__ void __launch_bounds__(kThreads, 1) gau_scores_kernel(const __grid_constant__ Pass pass) {
-  make_scores<F, kBackward>(pass, shared_memory<Shared<F>>(), static_cast<int>(blockIdx.x));
+  if constexpr (runs_here<typename F::T, F::kWgmma>()) {
+    make_scores<F, kBackward>(pass, shared_memory<Shared<F>>(), static_cast<int>(blockIdx.x));
+  } else {
+    __trap();
+  }
 }
 template <class F>
 __global__ void __launch_bounds__(kThreads, 1) gau_out_kernel(const __grid_constant__ Pass pass) {
-  make_out(pass, shared_memory<Shared<F>>(), static_cast<int>(blockIdx.x));
+  if constexpr (runs_here<typename F::T, F::kWgmma>()) {
+    make_out(pass, shared_memory<Shared<F>>(), static_cast<int>(blockIdx.x));
+  } else {
+    __trap();
+  }
 }
 template <class T>
 __global__ void __launch_bounds__(kThreads) gau_prepare_kernel(const __grid_constant__ Pass pass) {
@@ -340,11 +348,19 @@ __global__ void __launch_bounds__(kThreads) gau_prepare_kernel(const __grid_cons
 }
 template <class F>
 __global__ void __launch_bounds__(kThreads, 1) gau_values_kernel(const __grid_constant__ Pass pass) {
-  make_value_gradients(pass, shared_memory<Shared<F>>(), static_cast<int>(blockIdx.x));
+  if constexpr (runs_here<typename F::T, F::kWgmma>()) {
+    make_value_gradients(pass, shared_memory<Shared<F>>(), static_cast<int>(blockIdx.x));
+  } else {
+    __trap();
+  }
 }
 template <class F>
 __global__ void __launch_bounds__(kThreads, 1) gau_rows_kernel(const __grid_constant__ Pass pass) {
-  make_row_gradients(pass, shared_memory<Shared<F>>(), static_cast<int>(blockIdx.x));
+  if constexpr (runs_here<typename F::T, F::kWgmma>()) {
+    make_row_gradients(pass, shared_memory<Shared<F>>(), static_cast<int>(blockIdx.x));
+  } else {
+    __trap();
+  }
 }
 __global__ void __launch_bounds__(kThreads) gau_bias_kernel(const __grid_constant__ Pass pass) {
   add_diagonals(pass, blockIdx.x);

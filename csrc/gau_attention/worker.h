@@ -171,8 +171,8 @@ class Worker {
   }
 
   // Adds what a block of keys and values meets to its gradients, to those of queries, [n_q of the sequence, heads, kw],
-  // and of the bias, [bias_heads, distances].
-  void add_gradients(const Sequence& s, int64_t kv_head, int64_t key, A* grad_queries, A* grad_bias) {
+  // and of the bias, [bias_heads, distances], whose sums may be as long as there are tokens.
+  void add_gradients(const Sequence& s, int64_t kv_head, int64_t key, A* grad_queries, double* grad_bias) {
     const int keys = keys_of(s, key);
     const int64_t seen_from = p.causal ? std::max<int64_t>(0, key - s.shift()) : 0;
     for (int64_t head = kv_head * group(); head < (kv_head + 1) * group(); ++head) {
@@ -392,8 +392,9 @@ class Worker {
     }
   }
 
-  void add_to_bias(const Sequence& s, int64_t head, int64_t first, int count, int64_t key, int keys, A* grad_bias) {
-    A* const distances = grad_bias + (p.bias_heads > 1 ? head : 0) * p.distances + p.distances / 2;
+  void add_to_bias(const Sequence& s, int64_t head, int64_t first, int count, int64_t key, int keys,
+                   double* grad_bias) {
+    double* const distances = grad_bias + (p.bias_heads > 1 ? head : 0) * p.distances + p.distances / 2;
     for (int i = 0; i < count; ++i) {
       const A b = scale(p.bias_scale, p.b, s, s.query_row + first + i);
       const int64_t apart = key - (first + i + s.shift());

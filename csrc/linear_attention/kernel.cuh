@@ -1111,16 +1111,6 @@ class Block {
   float state[kStateRepeats][kStateTiles][4];
 };
 
-// Whether this machine is one that the form is for: of bfloat16's two, one has wgmma.
-template <class F>
-__host__ __device__ constexpr bool runs_here() {
-#ifdef KX_EMULATION
-  return true;
-#else
-  return F::kWgmma == (KX_SM90A && std::is_same_v<typename F::T, bfloat16>);
-#endif
-}
-
 template <class F>
 __device__ __forceinline__ Shared<F>& shared_for(const Pass& pass) {
   return pass.fetch ? shared_memory<FetchingShared<F>>() : shared_memory<Shared<F>>();
@@ -1128,7 +1118,7 @@ __device__ __forceinline__ Shared<F>& shared_for(const Pass& pass) {
 
 template <class F, Role kRole>
 __global__ void __launch_bounds__(kThreads, 1) linear_attention_kernel(const __grid_constant__ Pass pass) {
-  if constexpr (runs_here<F>()) {
+  if constexpr (runs_here<typename F::T, F::kWgmma>()) {
     Block<F, kRole>(pass, shared_for<F>(pass), static_cast<int>(blockIdx.x)).run();
   } else {
     __trap();
@@ -1139,7 +1129,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_attention_kernel(const __g
 template <class F>
 __global__ void __launch_bounds__(kThreads, 1)
     linear_attention_keys_kernel(const __grid_constant__ Pass keys, const __grid_constant__ Pass values) {
-  if constexpr (runs_here<F>()) {
+  if constexpr (runs_here<typename F::T, F::kWgmma>()) {
     if (blockIdx.x < keys.blocks) {
       Block<F, Role::kKeys>(keys, shared_for<F>(keys), static_cast<int>(blockIdx.x)).run();
     } else {

@@ -89,7 +89,7 @@ class Worker : public gau_attention::KX_ISA::Worker<T, A> {
         this->multiply(count, key_dim, value_dim, wide, vw, 1, turned, kw, lin, kw, false);
         for (int i = 0; i < count; ++i) {
           const int64_t at = s.query_row + first + i;
-          scale_row(keep_query[i], this->scale(p.lin_scale, p.d, s, at), key_dim, lin + i * kw);
+          scale_row(this->scale(p.lin_scale, p.d, s, at), lin + i * kw);
           store(lin + i * kw, key_dim, p.grad_lin_q, s.batch, at, head);
           if (p.grad_gate.data != nullptr) {
             this->backward_gate(s.batch, at, head);
@@ -104,7 +104,7 @@ class Worker : public gau_attention::KX_ISA::Worker<T, A> {
 
   // Gradients of the others. `state` is U after the segment, and becomes U before it; or, if not causal, U of the
   // sequence. `grad_queries` [n of the sequence, heads, kw] are zeros, `grad_bias` sums of [bias_heads, distances].
-  void backward_keys(const Segment& g, A* state, A* grad_queries, A* grad_bias) {
+  void backward_keys(const Segment& g, A* state, A* grad_queries, double* grad_bias) {
     for (int64_t place = (g.end - 1) / p.chunk * p.chunk; place >= g.begin; place -= p.chunk) {
       const Sequence s = chunk(g, place);
       A* const queries = grad_queries + place * p.heads * kw;
@@ -157,9 +157,9 @@ class Worker : public gau_attention::KX_ISA::Worker<T, A> {
     }
   }
 
-  static void scale_row(bool kept, A c, int n, A* x) {
-    for (int i = 0; i < n; ++i) {
-      x[i] = kept ? c * x[i] : A{0};
+  void scale_row(A c, A* x) const {
+    for (int i = 0; i < key_dim; ++i) {
+      x[i] *= c;
     }
   }
   void store(const A* from, int n, const View& x, int64_t batch, int64_t at, int64_t head) const {
@@ -173,7 +173,7 @@ class Worker : public gau_attention::KX_ISA::Worker<T, A> {
       keep_query[i] = this->keeps(p.query_mask, p.query_mask_stride, s.batch, at);
       this->load_kept(keep_query[i], this->template element<const T>(p.lin_q, s.batch, at, head), p.lin_q.stride[3],
                       key_dim, lin + i * kw);
-      scale_row(keep_query[i], this->scale(p.lin_scale, p.d, s, at), key_dim, lin + i * kw);
+      scale_row(this->scale(p.lin_scale, p.d, s, at), lin + i * kw);
     }
   }
   // Gradients of a block's sums, before c and d, to `wide`.
@@ -195,12 +195,8 @@ class Worker : public gau_attention::KX_ISA::Worker<T, A> {
   }
 
   void add_linear(const Sequence& s, int64_t head, int64_t first, const A* state) {
-    const int count = this->block_of(s, first);
     load_queries(s, head, first);
-    this->multiply_wide(count, value_dim, key_dim, lin, kw, 1, state, vw, wide);
-    for (int i = 0; i < count; ++i) {
-      scale_row(keep_query[i], A{1}, value_dim, wide + static_cast<size_t>(i) * vw);  // 0 · NaN is no 0
-    }
+    this->multiply_wide(this->block_of(s, first), value_dim, key_dim, lin, kw, 1, state, vw, wide);
   }
 
   void add_linear_gradients(const Segment& g, const Sequence& s, int64_t key, const A* state) {
@@ -209,8 +205,6 @@ class Worker : public gau_attention::KX_ISA::Worker<T, A> {
     this->multiply_wide(keys, value_dim, key_dim, lin, kw, 1, state, vw, this->grad_v);
     this->multiply(keys, key_dim, value_dim, this->v, vw, 1, turned, kw, lin, kw, false);
     for (int j = 0; j < keys; ++j) {
-      scale_row(keep_key[j], A{1}, value_dim, this->grad_v + static_cast<size_t>(j) * vw);
-      scale_row(keep_key[j], A{1}, key_dim, lin + j * kw);
       store(lin + j * kw, key_dim, p.grad_lin_k, s.batch, s.key_row + key + j, g.kv_head);
     }
   }
@@ -322,18 +316,18 @@ void backward(const Problem& p, int threads) {
 
   const int64_t width = W(p, true).row_width(), distances = p.bias_heads * p.distances;
   Buffer<A> grad_q = zeros<A>(static_cast<size_t>(p.batch * p.queries * p.heads * width));
-  Buffer<A> grad_bias = zeros<A>(static_cast<size_t>(count * distances));
+  Buffer<double> grad_bias = zeros<double>(static_cast<size_t>(count * distances));
   pass(p, segments, is_split, true, true, threads, &W::sum_queries, [&](W& worker, int64_t i, A* state) {
     const Segment& g = segments[i];
     A* const rows = grad_q.get() + (g.batch * p.queries + g.row) * p.heads * width;
     worker.backward_keys(g, state, rows, p.bias != nullptr ? grad_bias.get() + i * distances : nullptr);
   });
   for (int64_t at = 0; at < distances && p.grad_bias != nullptr; ++at) {
-    A sum = 0;
+    double sum = 0;
     for (int64_t i = 0; i < count; ++i) {
       sum += grad_bias[i * distances + at];
     }
-    static_cast<A*>(p.grad_bias)[at] = sum;
+    static_cast<A*>(p.grad_bias)[at] = static_cast<A>(sum);
   }
   for (const View& x : {p.grad_q, p.grad_lin_q}) {
     clear_surplus<T>(p, x, p.cu_seqlens, p.queries, p.heads, p.key_dim);

@@ -473,11 +473,19 @@ __device__ __forceinline__ void add_diagonals(const Pass& pass, int64_t id) {
 
 template <class F, bool kBackward>
 __global__ void __launch_bounds__(kThreads, 1) mixed_scores_kernel(const __grid_constant__ Pass pass) {
-  make_scores<F, kBackward>(pass, shared_memory<Shared<F>>(), static_cast<int>(blockIdx.x));
+  if constexpr (runs_here<typename F::T, F::kWgmma>()) {
+    make_scores<F, kBackward>(pass, shared_memory<Shared<F>>(), static_cast<int>(blockIdx.x));
+  } else {
+    __trap();
+  }
 }
 template <class F, bool kBackward>
 __global__ void __launch_bounds__(kThreads, 1) mixed_states_kernel(const __grid_constant__ Pass pass) {
-  make_states<F, kBackward>(pass, shared_memory<Shared<F>>(), static_cast<int>(blockIdx.x));
+  if constexpr (runs_here<typename F::T, F::kWgmma>()) {
+    make_states<F, kBackward>(pass, shared_memory<Shared<F>>(), static_cast<int>(blockIdx.x));
+  } else {
+    __trap();
+  }
 }
 template <class T>
 __global__ void __launch_bounds__(kThreads) mixed_chain_kernel(const __grid_constant__ Pass pass) {
@@ -485,7 +493,11 @@ __global__ void __launch_bounds__(kThreads) mixed_chain_kernel(const __grid_cons
 }
 template <class F>
 __global__ void __launch_bounds__(kThreads, 1) mixed_out_kernel(const __grid_constant__ Pass pass) {
-  make_out(pass, shared_memory<Shared<F>>(), static_cast<int>(blockIdx.x));
+  if constexpr (runs_here<typename F::T, F::kWgmma>()) {
+    make_out(pass, shared_memory<Shared<F>>(), static_cast<int>(blockIdx.x));
+  } else {
+    __trap();
+  }
 }
 template <class T>
 __global__ void __launch_bounds__(kThreads) mixed_prepare_kernel(const __grid_constant__ Pass pass) {
@@ -493,11 +505,19 @@ __global__ void __launch_bounds__(kThreads) mixed_prepare_kernel(const __grid_co
 }
 template <class F>
 __global__ void __launch_bounds__(kThreads, 1) mixed_values_kernel(const __grid_constant__ Pass pass) {
-  make_value_gradients(pass, shared_memory<Shared<F>>(), static_cast<int>(blockIdx.x));
+  if constexpr (runs_here<typename F::T, F::kWgmma>()) {
+    make_value_gradients(pass, shared_memory<Shared<F>>(), static_cast<int>(blockIdx.x));
+  } else {
+    __trap();
+  }
 }
 template <class F>
 __global__ void __launch_bounds__(kThreads, 1) mixed_rows_kernel(const __grid_constant__ Pass pass) {
-  make_row_gradients(pass, shared_memory<Shared<F>>(), static_cast<int>(blockIdx.x));
+  if constexpr (runs_here<typename F::T, F::kWgmma>()) {
+    make_row_gradients(pass, shared_memory<Shared<F>>(), static_cast<int>(blockIdx.x));
+  } else {
+    __trap();
+  }
 }
 __global__ void __launch_bounds__(kThreads) mixed_bias_kernel(const __grid_constant__ Pass pass) {
   add_diagonals(pass, blockIdx.x);

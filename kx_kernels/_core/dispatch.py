@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from . import library
+from . import library, triton
 
 AUTO = "auto"
 NAMES = ("cuda", "triton", "cpu", "reference")
@@ -65,9 +65,14 @@ def _reason(backend: Backend, problem: Any) -> str | None:
     return backend.unsupported(problem)
 
 
+def _in_order(backends: Sequence[Backend]) -> Sequence[Backend]:
+    """As `auto` tries them: Triton's interpreter, which is for looking into a kernel, after everything else."""
+    return sorted(backends, key=lambda b: b.name == "triton") if triton.interpreted() else backends
+
+
 def survey(backends: Sequence[Backend], problem: Any) -> list[tuple[str, str | None]]:
     """(name, reason it cannot serve, or None) for each backend, in the order that `auto` tries them."""
-    return [(b.name, _reason(b, problem)) for b in backends]
+    return [(b.name, _reason(b, problem)) for b in _in_order(backends)]
 
 
 def choose(op: str, backends: Sequence[Backend], name: str, problem: Any) -> Backend:
@@ -75,7 +80,7 @@ def choose(op: str, backends: Sequence[Backend], name: str, problem: Any) -> Bac
 
     Raises UnsupportedError, with every backend's reason, if the one asked for by name cannot.
     """
-    for candidate in backends:
+    for candidate in _in_order(backends):
         if name in (AUTO, candidate.name) and _reason(candidate, problem) is None:
             return candidate
     reasons = "\n".join(f"  {n}: {why or 'can serve'}" for n, why in survey(backends, problem))

@@ -126,5 +126,4 @@ class GatedAttentionUnit(nn.Module):
             ).squeeze(2)
             return torch.where(visible, weights, 0) / visible.sum(-1, keepdim=True).clamp(min=1) @ v
         q = q * (scale[..., None].to(q.dtype) if isinstance(scale, Tensor) else scale)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=1.0)
-        return torch.where(visible.any(-1, keepdim=True), out, 0)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=1.0)

@@ -4,6 +4,7 @@ from .favor import FavorFeatures
 from .flash import FLASH
 from .gated_attention import GatedAttentionCache, GatedAttentionUnit
 from .linear_attention import DecodingState, LinearAttention
+from .nystrom_attention import NystromAttention
 from .rotary import RotaryEmbedding
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "GatedAttentionCache",
     "GatedAttentionUnit",
     "LinearAttention",
+    "NystromAttention",
     "RotaryEmbedding",
 ]

@@ -13,7 +13,7 @@ from .rotary import RotaryEmbedding
 
 
 class FLASH(nn.Module):
-    """A gated unit of mixed-chunk attention, [B, n, embed_dim] to the same; two are an attention and a feed-forward.
+    """A unit of mixed-chunk attention, [B, n, embed_dim] to the same; two stand in for attention and feed-forward.
 
     u, v, z = silu(in_proj(x)), split into widths e, e and s; quad_q, quad_k, lin_q, lin_k = z ⊙ γ + β with a γ and a β
     each; out_proj(mixed_chunk_attention(quad_q, quad_k, lin_q, lin_k, v, u)). One head; neither norm nor residual.

@@ -57,7 +57,7 @@ class MachineCode:
 
     op: str
     backend: str  # "triton" or "cuda"
-    variant: str  # the case it was compiled for, or the kernel and its template arguments
+    variant: str  # the case it was compiled for and the kernel, or the kernel and its template arguments
     architecture: str
     threads: int  # per block, at most
     registers: int
@@ -285,8 +285,8 @@ def triton_code(spec: OpSpec) -> list[MachineCode]:
                     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
                         file.write(kernel.asm["cubin"])
                         file.flush()
-                        shared = kernel.metadata.shared
-                        rows += disassemble(file.name, spec.name, "triton", variant, architecture, shared)
+                        shared, name = kernel.metadata.shared, f"{variant} {kernel.metadata.name}"
+                        rows += disassemble(file.name, spec.name, "triton", name, architecture, shared)
         return rows
 
     folder = Path(api.__file__ or "").parent

@@ -270,6 +270,34 @@ def bytes_(call: Call) -> int:
     return (q.numel() + k.numel() + v.numel() + wide * (2 if "gate" in call else 1)) * q.itemsize
 
 
+def codegen() -> dict[str, Call]:
+    """The sizes that the kernels are tuned for, with scores in a panel and on chip; and forms that add code."""
+    wide = GauCase(batch=1, key_dim=128, value_dim=1536)
+    forms = {
+        "everything": replace(CASES["everything"], key_dim=128, value_dim=512, normalizer="sum", padding="right"),
+        "packed": replace(CASES["packed_surplus"], key_dim=128, value_dim=512),
+        "packed causal": replace(CASES["packed"], key_dim=128, value_dim=512, bias="none"),
+    }
+    calls = {f"form {name}": make(case, torch.bfloat16, torch.device("meta"), 0) for name, case in forms.items()}
+    for name, dtype, queries in (
+        ("bfloat16 panel", torch.bfloat16, 1024),
+        ("bfloat16 on chip", torch.bfloat16, 512),
+        ("float16 panel", torch.float16, 1024),
+        ("float32 on chip", torch.float32, 512),
+    ):
+        case = replace(wide, queries=queries, causal="chip" in name)
+        calls[name] = make(case, dtype, torch.device("meta"), 0)
+    return calls
+
+
+def metered() -> dict[str, Call]:
+    case = GauCase(batch=1, queries=256, key_dim=128, value_dim=512)
+    return {
+        f"float16, n 256, s 128, e 512{name}": make(form, torch.float16, torch.device("cpu"), 0)
+        for name, form in (("", case), (", causal", replace(case, causal=True)))
+    }
+
+
 def passes(backend: Any, problem: GauProblem) -> Iterator[str]:
     results = backend.run(problem)
     yield "forward"
@@ -281,13 +309,14 @@ SPEC = OpSpec(
     name="gau_attention",
     function=gau_attention,
     reference=reference,
-    backends=("cuda", "cpu", "reference"),
+    backends=("cuda", "triton", "cpu", "reference"),
     dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
     cannot={
+        ("triton", "cpu", torch.bfloat16): "truncates to bfloat16",
         ("cuda", "cpu", torch.float64): "those of tensor cores",
         ("cuda", "cuda", torch.float64): "those of tensor cores",
     },
-    eager={"cuda": eager},  # tensor cores take operands of the tensors' dtype
+    eager={"cuda": eager, "triton": eager},  # tensor cores take operands of the tensors' dtype
     differentiable=("q", "k", "v", "gate", "bias"),
     cases=CASES,
     make=make,
@@ -297,8 +326,8 @@ SPEC = OpSpec(
     bad_calls=BAD_CALLS,
     flops=flops,
     bytes=bytes_,
-    codegen=dict,
-    metered=dict,
+    codegen=codegen,
+    metered=metered,
     passes=passes,
     promises=(
         KernelPromise("cuda", "prepare|bias"),
@@ -308,6 +337,11 @@ SPEC = OpSpec(
         KernelPromise("cuda", "scores_kernel float16", tensor_core=True, shared=76 << 10),  # converted on the way
         KernelPromise("cuda", " 256 ", tensor_core=True, async_copies=True, shared=150 << 10),
         KernelPromise("cuda", tensor_core=True, async_copies=True, shared=100 << 10),
+        KernelPromise("triton", "gau_rows_kernel", wide=0.6),
+        KernelPromise("triton", "gau_bias_kernel"),  # along diagonals
+        KernelPromise("triton", "form", tensor_core=True, async_copies=True, may_spill=True),
+        KernelPromise("triton", "bfloat16", wide=0.8, tensor_core=True, async_copies=True),
+        KernelPromise("triton", wide=0.8, tensor_core=True, async_copies=True, may_spill=True),
     ),
     growth={"flops": {"queries": 2.0, "batch": 1.0}, "bytes": {"queries": 1.0, "batch": 1.0}},
 )

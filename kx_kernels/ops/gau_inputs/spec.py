@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._core.spec import BadCall, Call, OpSpec
+from ..._core.spec import BadCall, Call, KernelPromise, OpSpec
 from ._problem import GauInputsProblem
 from .api import gau_inputs
 from .reference import gau_inputs as reference
@@ -237,6 +237,34 @@ def bytes_(call: Call) -> int:
     return (2 * _values(call) + (heads - 1) * z.numel()) * z.itemsize + tables
 
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def codegen() -> dict[str, Call]:
+    """A large model's unit and FLASH's four heads, of slices of one projection, in every dtype."""
+    unit = GauInputsCase(
+        batch=1, length=64, gate_dim=1536, value_dim=1536, key_dim=128, rotary_dim=128, layout="fused", wide_affine=True
+    )
+    forms = {
+        "": unit,
+        " half": replace(unit, interleaved=False),
+        " flash": replace(unit, heads=4, rotary_dim=32),
+        " packed": replace(unit, lengths=(24, 40), offset="sequence"),
+    }
+    calls = {}
+    for form, case in forms.items():
+        for dtype in DTYPES[:2] if form else DTYPES:
+            calls[str(dtype).removeprefix("torch.") + form] = make(case, dtype, torch.device("meta"), 0)
+    return calls
+
+
+def metered() -> dict[str, Call]:
+    case = GauInputsCase(
+        batch=1, length=64, gate_dim=192, value_dim=192, key_dim=32, rotary_dim=32, layout="fused", wide_affine=True
+    )
+    return {"float32, T 64, e 192, s 32": make(case, torch.float32, torch.device("cpu"), 0)}
+
+
 def passes(backend: Any, problem: GauInputsProblem) -> Iterator[str]:
     results = backend.run(problem)
     yield "forward"
@@ -248,9 +276,9 @@ SPEC = OpSpec(
     name="gau_inputs",
     function=gau_inputs,
     reference=reference,
-    backends=("cpu", "reference"),
-    dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
-    cannot={},
+    backends=("triton", "cpu", "reference"),
+    dtypes=DTYPES,
+    cannot={("triton", "cpu", torch.bfloat16): "truncates to bfloat16"},
     eager={},
     differentiable=("z", "u", "v", "gamma", "beta"),
     cases=CASES,
@@ -261,9 +289,13 @@ SPEC = OpSpec(
     bad_calls=BAD_CALLS,
     flops=flops,
     bytes=bytes_,
-    codegen=dict,
-    metered=dict,
+    codegen=codegen,
+    metered=metered,
     passes=passes,
-    promises=(),
+    promises=(
+        # A thread has less than 16 bytes of half a head or of a part of it; positions are scalars.
+        KernelPromise("triton", "half|flash|packed", max_registers=128, wide=0.4, blocks=2),
+        KernelPromise("triton", max_registers=128, wide=0.7, blocks=2),
+    ),
     growth={"flops": {"length": 1.0, "batch": 1.0}, "bytes": {"length": 1.0, "batch": 1.0}},
 )

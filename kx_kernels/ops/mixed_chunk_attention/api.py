@@ -140,8 +140,8 @@ def _checked(
     _check_features(quad_q, quad_k, lin_q, lin_k, v, gate, packed)
     heads, dim = quad_q.shape[-2:]
     check_int(OP, "chunk_size", chunk_size)
-    if chunk_size < 1:
-        reject(OP, "chunk_size", chunk_size, "1 or more tokens")
+    if not 1 <= chunk_size < 2**31:
+        reject(OP, "chunk_size", chunk_size, "1 to 2**31 - 1 tokens")
     if cu_seqlens is not None:
         check_tensor(OP, "cu_seqlens", cu_seqlens, (torch.int32,), quad_q)
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:

@@ -1,0 +1,1163 @@
+// Nyström attention on a CPU: streaming passes over blocks of rows, whose meeting with the landmarks never leaves the
+// caches, and between them a small tail per head. The formulas and their names are those of
+// kx_kernels/ops/nystrom_attention/README.md.
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "../common/check.h"
+#include "../cpu/isa.h"
+#include "inverse.h"
+#include "problem.h"
+
+namespace kx::nystrom_attention {
+namespace KX_ISA {
+namespace {
+
+constexpr int kRows = 64;              // of a block
+constexpr int kSums = 8;               // into which the weights of a block are summed
+constexpr int64_t kPartRows = 2048;    // of a task: they depend on the sequence alone, and so do the bits
+constexpr int64_t kGatherRows = 4096;  // of a task with sums of its own for all landmarks, about 1/kGatherRows of a row
+
+struct Range {
+  int64_t first, last;
+
+  int64_t size() const { return last - first; }
+};
+
+// Rows of one sequence in memory: all, and from the first to the last that is no padding.
+struct Sequence {
+  int64_t batch;
+  Range all_queries, all_keys, queries, keys;
+  Road road;
+};
+
+bool keeps(const uint8_t* mask, const int64_t* stride, int64_t batch, int64_t row) {
+  return mask == nullptr || mask[batch * stride[0] + row * stride[1]] != 0;
+}
+
+Range without_padding(Range all, const uint8_t* mask, const int64_t* stride, int64_t batch) {
+  while (all.first < all.last && !keeps(mask, stride, batch, all.first)) {
+    ++all.first;
+  }
+  while (all.first < all.last && !keeps(mask, stride, batch, all.last - 1)) {
+    --all.last;
+  }
+  return all;
+}
+
+std::vector<Sequence> sequences(const Problem& p) {
+  std::vector<Sequence> out(p.num_sequences);
+  for (int64_t n = 0; n < p.num_sequences; ++n) {
+    Sequence& s = out[n];
+    const bool packed = p.cu_seqlens != nullptr;
+    s.batch = packed ? 0 : n;
+    s.all_queries = packed ? Range{p.cu_seqlens[n], p.cu_seqlens[n + 1]} : Range{0, p.queries};
+    s.all_keys = packed ? s.all_queries : Range{0, p.keys};
+    s.queries = without_padding(s.all_queries, p.query_mask, p.query_mask_stride, s.batch);
+    s.keys = without_padding(s.all_keys, p.key_mask, p.key_mask_stride, s.batch);
+    s.road = static_cast<Road>(p.road[n]);
+  }
+  return out;
+}
+
+// A part of the rows of one head of one sequence.
+struct Task {
+  int64_t sequence, head, part, parts;
+  Range rows;
+};
+
+// The parts that rows are cut into.
+std::vector<Task> cut(const std::vector<Sequence>& all, int64_t heads, Range Sequence::* rows, int64_t size) {
+  std::vector<Task> tasks;
+  for (size_t n = 0; n < all.size(); ++n) {
+    const Range r = all[n].*rows;
+    const int64_t parts = std::max<int64_t>(1, (r.size() + size - 1) / size);
+    const int64_t step = (r.size() + parts - 1) / parts;
+    for (int64_t head = 0; head < heads; ++head) {
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t first = std::min(r.last, r.first + part * step);
+        tasks.push_back({static_cast<int64_t>(n), head, part, parts, {first, std::min(r.last, first + step)}});
+      }
+    }
+  }
+  return tasks;
+}
+
+// The same, cut between segments: part i of `parts` has landmarks [m·i/parts, m·(i + 1)/parts).
+void align(std::vector<Task>& tasks, const Segments& segments, int64_t m, const std::vector<Sequence>& all,
+           Range Sequence::* rows) {
+  for (Task& task : tasks) {
+    const Range r = all[task.sequence].*rows;
+    const int64_t* const bounds = segments.bounds + task.sequence * (m + 1);
+    const auto at = [&](int64_t part) {
+      const int64_t bound = bounds[m * part / task.parts];
+      return part == 0 ? r.first : part == task.parts ? r.last : std::clamp(bound, r.first, r.last);
+    };
+    task.rows = {at(task.part), at(task.part + 1)};
+  }
+}
+
+// What one thread works with. A is the type that arithmetic is done in; rows are padded with zeros to whole vectors:
+// kw, vw and mw are the widths of rows of D, D_v and m.
+template <class T, class A>
+class Worker {
+ public:
+  using V = vector_t<A>;
+  static constexpr int kLanes = V::kLanes;
+
+  Worker(const Problem& p, const std::vector<Sequence>& all)
+      : p(p),
+        all(all),
+        m(static_cast<int>(p.num_landmarks)),
+        key_dim(static_cast<int>(p.key_dim)),
+        value_dim(static_cast<int>(p.value_dim)),
+        taps(static_cast<int>(p.taps)),
+        reach(taps / 2) {
+    q = take(kRows * static_cast<size_t>(kw));
+    k = take(kRows * static_cast<size_t>(kw));
+    v = take(kRows * static_cast<size_t>(vw));
+    o = take(kRows * static_cast<size_t>(vw));
+    scores = take(kRows * static_cast<size_t>(mw));
+    grads = take(kRows * static_cast<size_t>(mw));
+    turned = take(static_cast<size_t>(key_dim) * mw);
+    scaled = take(static_cast<size_t>(m) * kw);
+    values = take(static_cast<size_t>(m) * vw);
+    turned_values = take(static_cast<size_t>(value_dim) * mw);
+    row = take(std::max(kw, vw));
+    of_landmarks = take(3 * static_cast<size_t>(mw));
+    if (taps > 0) {
+      around = take((kRows + static_cast<size_t>(taps)) * vw);
+      weights = take(static_cast<size_t>(taps) + 2 * kTileRows);
+    }
+  }
+
+  // ---- Forward.
+
+  // Landmarks of queries, of the task's segments.
+  void pool_queries(const Task& task) {
+    const Sequence& s = all[task.sequence];
+    if (s.road != Road::kNystrom && s.road != Road::kByQueries) {
+      return clear_landmarks(task, p.landmarks_q, key_dim);
+    }
+    clear_landmarks(task, p.landmarks_q, key_dim);
+    for (int64_t first = task.rows.first; first < task.rows.last; first += kRows) {
+      const int count = load_queries(s, task, first);
+      pool(task, p.of_q, p.landmarks_q, first, count, q_rows, q_step, key_dim);
+    }
+    divide(task, p.of_q, p.landmarks_q, key_dim);
+  }
+
+  // Landmarks of keys, of the task's segments; and of the task's rows what every landmark of queries sees: weights are
+  // e^(score − highest), `sums` theirs, [mw], and `sum_values` [m, vw] theirs times values.
+  void pass_keys(const Task& task, bool pool_only, A* highest, A* sums, A* sum_values) {
+    const Sequence& s = all[task.sequence];
+    clear_landmarks(task, p.landmarks_k, key_dim);
+    if (!pool_only) {
+      clear_landmarks(task, p.weighted, value_dim);
+      std::fill_n(highest, mw, -std::numeric_limits<A>::infinity());
+      std::fill_n(sums, mw, A{0});
+      std::fill_n(sum_values, static_cast<size_t>(m) * vw, A{0});
+    }
+    if (s.road == Road::kNothing) {
+      return;
+    }
+    const bool streams = !pool_only && s.road != Road::kByKeys;
+    if (streams) {
+      turn(at_head(p.landmarks_q, task, key_dim), key_dim, static_cast<A>(p.scale), turned);
+    }
+    for (int64_t first = task.rows.first; first < task.rows.last; first += kRows) {
+      const int count = load_keys(s, task, first);
+      if (!pool_only) {
+        load_values(s, task, first, count);
+      }
+      if (s.road != Road::kByQueries) {
+        pool(task, p.of_k, p.landmarks_k, first, count, k_rows, k_step, key_dim);
+      }
+      if (s.road == Road::kByKeys && !pool_only) {
+        pool(task, p.of_k, p.weighted, first, count, v_rows, v_step, value_dim);
+      }
+      if (streams && any_kept) {
+        multiply(count, m, key_dim, k_rows, k_step, 1, turned, mw, scores, mw, false);
+        weigh(count, highest, sums, sum_values);
+        multiply(m, value_dim, count, scores, 1, mw, v_rows, v_step, sum_values, vw, true);
+      }
+    }
+    if (s.road != Road::kByQueries) {
+      divide(task, p.of_k, p.landmarks_k, key_dim);
+    }
+  }
+
+  // Y and the norms of rows of B, of parts of the keys.
+  void combine(const Task& head, int64_t parts, const A* highest, const A* sums, const A* sum_values) {
+    const Sequence& s = all[head.sequence];
+    A* const summary = at_head(p.summary, head, value_dim);
+    A* const norms = at_head(p.norms, head, 2);
+    std::fill_n(summary, static_cast<size_t>(m) * value_dim, A{0});
+    std::fill_n(norms, 2 * static_cast<size_t>(m), A{0});
+    if (s.road != Road::kNystrom && s.road != Road::kByQueries) {
+      return;
+    }
+    const A* const divisors = static_cast<const A*>(p.of_q.divisors) + head.sequence * m;
+    for (int i = 0; i < m; ++i) {
+      A top = -std::numeric_limits<A>::infinity(), sum = 0;
+      for (int64_t part = 0; part < parts; ++part) {
+        top = std::max(top, highest[part * mw + i]);
+      }
+      const auto factor = [&](int64_t part) { return std::exp(highest[part * mw + i] - top); };
+      for (int64_t part = 0; part < parts; ++part) {
+        sum += factor(part) * sums[part * mw + i];
+      }
+      if (divisors[i] == 0) {  // a dead landmark sees padding as well
+        sum = static_cast<A>(s.all_keys.size());
+      }
+      norms[2 * i] = top;
+      norms[2 * i + 1] = sum;
+      for (int64_t part = 0; part < parts; ++part) {
+        const A share = factor(part) / sum;
+        const A* const from = sum_values + part * static_cast<int64_t>(m) * vw + static_cast<int64_t>(i) * vw;
+        for (int e = 0; e < value_dim; ++e) {
+          summary[i * value_dim + e] += share * from[e];
+        }
+      }
+    }
+  }
+
+  // A = softmax(a·Q̃ K̃ᵀ) + λI, [m, mw]; without λ if `ridge` is false.
+  void matrix(const Task& head, bool ridge, A* to) {
+    turn(at_head(p.landmarks_k, head, key_dim), key_dim, static_cast<A>(p.scale), turned);
+    const A* const landmarks = at_head(p.landmarks_q, head, key_dim);
+    const A* const divisors = static_cast<const A*>(p.of_q.divisors) + head.sequence * m;
+    multiply(m, m, key_dim, landmarks, key_dim, 1, turned, mw, to, mw, false);
+    hide_dead(head);
+    for (int i = 0; i < m; ++i) {
+      A* const x = to + static_cast<size_t>(i) * mw;
+      if (divisors[i] == 0) {
+        std::fill_n(x, m, A{1} / m);
+      } else {
+        softmax(x);
+      }
+      if (ridge) {
+        x[i] += static_cast<A>(p.ridge);
+      }
+    }
+  }
+
+  // W = Z Y.
+  void weigh_summary(const Task& head, const A* z, int64_t z_row) {
+    pad_rows(at_head(p.summary, head, value_dim), value_dim, values, vw);
+    A* const weighted = at_head(p.weighted, head, value_dim);
+    for (int i = 0; i < m; i += kRows) {
+      const int count = std::min(kRows, m - i);
+      multiply(count, value_dim, m, z + i * z_row, z_row, 1, values, vw, o, vw, false);
+      for (int j = 0; j < count; ++j) {
+        std::copy_n(o + static_cast<size_t>(j) * vw, value_dim, weighted + static_cast<int64_t>(i + j) * value_dim);
+      }
+    }
+  }
+
+  // The task's rows of the output.
+  void read_out(const Task& task) {
+    const Sequence& s = all[task.sequence];
+    if (s.road == Road::kNothing) {
+      return clear(p.o, s, task, task.rows, value_dim);
+    }
+    const bool by_queries = s.road == Road::kByQueries;
+    if (!by_queries) {
+      turn(at_head(p.landmarks_k, task, key_dim), key_dim, static_cast<A>(p.scale), turned);
+      pad_rows(at_head(p.weighted, task, value_dim), value_dim, values, vw);
+      hide_dead(task);
+    }
+    if (taps > 0) {
+      load_weights(task.head, false);
+    }
+    const A* const summary = at_head(p.summary, task, value_dim);
+    for (int64_t first = task.rows.first; first < task.rows.last; first += kRows) {
+      const int count = load_queries(s, task, first);
+      if (by_queries) {
+        for (int i = 0; i < count; ++i) {
+          std::copy_n(summary + segment(task, p.of_q, first + i) * value_dim, value_dim,
+                      o + static_cast<size_t>(i) * vw);
+        }
+      } else {
+        multiply(count, m, key_dim, q_rows, q_step, 1, turned, mw, scores, mw, false);
+        for (int i = 0; i < count; ++i) {
+          softmax(scores + static_cast<size_t>(i) * mw);
+        }
+        multiply(count, value_dim, m, scores, mw, 1, values, vw, o, vw, false);
+      }
+      if (taps > 0) {
+        load_around(p.v, s, task, first, count, reach, p.key_mask, p.key_mask_stride, s.all_keys);
+        convolve(count, o);
+      }
+      for (int i = 0; i < count; ++i) {
+        A* const out = o + static_cast<size_t>(i) * vw;
+        if (!keep[i]) {
+          std::fill_n(out, value_dim, A{0});
+        }
+        store_row(out, value_dim, element<T>(p.o, s.batch, first + i, task.head), p.o.stride[3]);
+      }
+    }
+  }
+
+  // ---- Backward.
+
+  // What the task's queries add to ∂W [m, vw] and to ∂K̃ / a [m, kw].
+  void pass_queries(const Task& task, A* grad_weighted, A* grad_landmarks) {
+    const Sequence& s = all[task.sequence];
+    std::fill_n(grad_weighted, static_cast<size_t>(m) * vw, A{0});
+    std::fill_n(grad_landmarks, static_cast<size_t>(m) * kw, A{0});
+    if (s.road == Road::kByQueries) {  // ∂Y of the task's segments
+      for (int64_t first = task.rows.first; first < task.rows.last; ++first) {
+        if (keeps(p.query_mask, p.query_mask_stride, s.batch, first)) {
+          load_row(element<const T>(p.grad_o, s.batch, first, task.head), p.grad_o.stride[3], value_dim,
+                   grad_weighted + segment(task, p.of_q, first) * vw);
+        }
+      }
+      return;
+    }
+    if (s.road == Road::kNothing) {
+      return;
+    }
+    prepare_queries(task);
+    for (int64_t first = task.rows.first; first < task.rows.last; first += kRows) {
+      const int count = score_queries(s, task, first);
+      multiply(m, value_dim, count, scores, 1, mw, v_rows, v_step, grad_weighted, vw, true);
+      multiply(m, key_dim, count, grads, 1, mw, q_rows, q_step, grad_landmarks, kw, true);
+    }
+  }
+
+  // ∂Q, of ∂Q̃ [m, kw].
+  void store_queries(const Task& task, const A* grad_landmarks) {
+    const Sequence& s = all[task.sequence];
+    if (s.road == Road::kNothing) {
+      return clear(p.grad_q, s, task, task.rows, key_dim);
+    }
+    const bool has_scores = s.road != Road::kByQueries, has_landmarks = s.road != Road::kByKeys;
+    if (has_scores) {
+      prepare_queries(task);
+      const A* const landmarks = at_head(p.landmarks_k, task, key_dim);
+      pad_rows(landmarks, key_dim, scaled, kw, static_cast<A>(p.scale));
+    }
+    for (int64_t first = task.rows.first; first < task.rows.last; first += kRows) {
+      const int count = static_cast<int>(std::min<int64_t>(kRows, task.rows.last - first));
+      if (has_scores) {
+        score_queries(s, task, first);
+        multiply(count, key_dim, m, grads, mw, 1, scaled, kw, k, kw, false);
+      } else {
+        load_queries(s, task, first);
+        std::fill_n(k, static_cast<size_t>(count) * kw, A{0});
+      }
+      for (int i = 0; i < count; ++i) {
+        A* const out = k + static_cast<size_t>(i) * kw;
+        if (!keep[i]) {
+          std::fill_n(out, key_dim, A{0});
+        } else if (has_landmarks) {
+          add_share(task, p.of_q, first + i, grad_landmarks, out);
+        }
+        store_row(out, key_dim, element<T>(p.grad_q, s.batch, first + i, task.head), p.grad_q.stride[3]);
+      }
+    }
+  }
+
+  // Between the passes: of ∂W and ∂K̃ / a as passes over queries left them, ∂Y in place of ∂W, ∂K̃, and what the matrix
+  // adds to ∂Q̃. `grad_log_norm` is the sum over the call for an original norm, of which `ties` columns have a part.
+  // The result is this head's gradient of the norm's logarithm.
+  A tail(const Task& head, Inverse<A>& inverse, A norm, A grad_log_norm, int ties, bool only_norm, A* grad_summary,
+         A* grad_k, A* grad_q) {
+    const A scale = static_cast<A>(p.scale), whole = norm * static_cast<A>(1 + p.ridge);
+    matrix(head, true, inverse.a);
+    const A* z = p.inverse == nullptr ? inverse.run(whole) : nullptr;
+    if (z == nullptr) {
+      pad_rows(at_head(const_cast<void*>(p.inverse), head, m), m, grads_of_matrix(), mw);
+      z = grads_of_matrix();
+    }
+    const A* const summary = at_head(p.summary, head, value_dim);
+    for (int i = 0; i < m; ++i) {
+      for (int e = 0; e < value_dim; ++e) {
+        turned_values[static_cast<size_t>(e) * mw + i] = summary[i * value_dim + e];
+      }
+    }
+    const size_t size = static_cast<size_t>(m) * mw;
+    multiply(m, m, value_dim, grad_summary, vw, 1, turned_values, mw, inverse.grad_z, mw, false);  // ∂Z
+    std::fill_n(inverse.grad_a, size, A{0});
+    A own = 0;
+    if (p.inverse == nullptr) {
+      own = inverse.backward(whole);
+      if (only_norm) {
+        return own;
+      }
+      const A share = (p.init == Init::kOriginal ? grad_log_norm : own) / norm / static_cast<A>(ties);
+      add_to_largest(inverse, norm, share);
+    } else {
+      inverse.backward_of_pinv(z);
+    }
+    // ∂Y = Zᵀ ∂W
+    std::copy_n(grad_summary, static_cast<size_t>(m) * vw, values);
+    multiply(m, value_dim, m, z, 1, mw, values, vw, grad_summary, vw, false);
+    // S₂, in place of ∂A
+    matrix(head, false, inverse.a);
+    for (int i = 0; i < m; ++i) {
+      soften(inverse.a + static_cast<size_t>(i) * mw, inverse.grad_a + static_cast<size_t>(i) * mw);
+    }
+    pad_rows(at_head(p.landmarks_q, head, key_dim), key_dim, scaled, kw);
+    multiply(m, key_dim, m, inverse.grad_a, 1, mw, scaled, kw, grad_k, kw, true);
+    pad_rows(at_head(p.landmarks_k, head, key_dim), key_dim, scaled, kw);
+    multiply(m, key_dim, m, inverse.grad_a, mw, 1, scaled, kw, grad_q, kw, false);
+    for (int64_t i = 0; i < static_cast<int64_t>(m) * kw; ++i) {
+      grad_k[i] *= scale;
+    }
+    return own;
+  }
+
+  // ∂K and ∂V of the task's rows, of ∂Y (∂W where attention is exact by keys) and ∂K̃; and what they add to ∂Q̃ / a and
+  // to ∂w [taps].
+  void store_keys(const Task& task, const A* grad_summary, const A* grad_landmarks, A* grad_q, A* grad_conv) {
+    const Sequence& s = all[task.sequence];
+    std::fill_n(grad_q, static_cast<size_t>(m) * kw, A{0});
+    std::fill_n(grad_conv, taps, A{0});
+    if (s.road == Road::kNothing) {
+      clear(p.grad_k, s, task, task.rows, key_dim);
+      return clear(p.grad_v, s, task, task.rows, value_dim);
+    }
+    const bool by_keys = s.road == Road::kByKeys, has_landmarks = s.road == Road::kNystrom;
+    A *const highest = of_landmarks, *const shares = highest + mw, *const shifts = shares + mw;
+    if (!by_keys) {
+      const A* const landmarks = at_head(p.landmarks_q, task, key_dim);
+      turn(landmarks, key_dim, static_cast<A>(p.scale), turned);
+      pad_rows(landmarks, key_dim, scaled, kw, static_cast<A>(p.scale));
+      transpose(m, value_dim, grad_summary, vw, turned_values, mw);
+      const A* const summary = at_head(p.summary, task, value_dim);
+      const A* const norms = at_head(p.norms, task, 2);
+      std::fill_n(of_landmarks, 3 * static_cast<size_t>(mw), A{0});
+      for (int i = 0; i < m; ++i) {
+        highest[i] = norms[2 * i];
+        shares[i] = 1 / norms[2 * i + 1];
+        for (int e = 0; e < value_dim; ++e) {
+          shifts[i] += grad_summary[static_cast<size_t>(i) * vw + e] * summary[i * value_dim + e];
+        }
+      }
+    }
+    if (taps > 0) {
+      load_weights(task.head, true);
+    }
+    for (int64_t first = task.rows.first; first < task.rows.last; first += kRows) {
+      const int count = load_keys(s, task, first);
+      load_values(s, task, first, count);
+      if (by_keys) {
+        for (int t = 0; t < count; ++t) {
+          const int64_t i = segment(task, p.of_k, first + t);
+          std::copy_n(grad_summary + i * vw, value_dim, o + static_cast<size_t>(t) * vw);
+          std::copy_n(grad_landmarks + i * kw, key_dim, q + static_cast<size_t>(t) * kw);
+        }
+      } else {
+        multiply(count, m, key_dim, k_rows, k_step, 1, turned, mw, scores, mw, false);
+        multiply(count, m, value_dim, v_rows, v_step, 1, turned_values, mw, grads, mw, false);
+        for (int t = 0; t < count; ++t) {
+          A *const x = scores + static_cast<size_t>(t) * mw, *const g = grads + static_cast<size_t>(t) * mw;
+          for (int j = 0; j < mw; j += kLanes) {
+            const V b = keep[t] ? mul(exp(minus(load(x + j), load(highest + j))), load(shares + j)) : all_of(0);
+            store(x + j, b);
+            store(g + j, mul(b, minus(load(g + j), load(shifts + j))));
+          }
+        }
+        multiply(count, value_dim, m, scores, mw, 1, grad_summary, vw, o, vw, false);
+        multiply(count, key_dim, m, grads, mw, 1, scaled, kw, q, kw, false);
+        multiply(m, key_dim, count, grads, 1, mw, k_rows, k_step, grad_q, kw, true);
+      }
+      if (taps > 0) {
+        load_around(p.grad_o, s, task, first, count, taps - 1 - reach, p.query_mask, p.query_mask_stride,
+                    s.all_queries);
+        convolve(count, o);
+        add_to_convolution(count, grad_conv);
+      }
+      for (int t = 0; t < count; ++t) {
+        A *const of_k = q + static_cast<size_t>(t) * kw, *const of_v = o + static_cast<size_t>(t) * vw;
+        if (!keep[t]) {
+          std::fill_n(of_k, key_dim, A{0});
+          std::fill_n(of_v, value_dim, A{0});
+        } else if (has_landmarks) {
+          add_share(task, p.of_k, first + t, grad_landmarks, of_k);
+        }
+        store_row(of_k, key_dim, element<T>(p.grad_k, s.batch, first + t, task.head), p.grad_k.stride[3]);
+        store_row(of_v, value_dim, element<T>(p.grad_v, s.batch, first + t, task.head), p.grad_v.stride[3]);
+      }
+    }
+  }
+
+  static int whole_vectors(int64_t n) { return static_cast<int>((n + kLanes - 1) / kLanes * kLanes); }
+
+  // Rows of x outside `kept`, of one head of one sequence, are 0.
+  void clear_around(const View& x, const Task& head, Range whole, Range kept, int dim) {
+    const Sequence& s = all[head.sequence];
+    clear(x, s, head, {whole.first, std::min(kept.first, whole.last)}, dim);
+    clear(x, s, head, {std::max(kept.last, whole.first), whole.last}, dim);
+  }
+
+  const Problem& p;
+  const std::vector<Sequence>& all;
+  const int m, key_dim, value_dim, taps, reach;
+  const int kw = whole_vectors(p.key_dim), vw = whole_vectors(p.value_dim), mw = whole_vectors(p.num_landmarks);
+
+ private:
+  static V all_of(A x) { return ::kx::KX_ISA::all(x); }
+  static V minus(V x, V y) { return fms(x, all_of(1), y); }
+
+  A* take(size_t n) {
+    buffers_.push_back(zeros<A>(n + kLanes));
+    return buffers_.back().get();
+  }
+  template <class U>
+  static U* element(const View& x, int64_t batch, int64_t at, int64_t head) {
+    return static_cast<U*>(x.data) + batch * x.stride[0] + at * x.stride[1] + head * x.stride[2];
+  }
+  // What a tensor [N, heads, m, dim] has of the task's head.
+  A* at_head(void* x, const Task& task, int64_t dim) const {
+    return static_cast<A*>(x) + (task.sequence * p.heads + task.head) * p.num_landmarks * dim;
+  }
+  void multiply(int rows, int n, int depth, const A* x, int64_t x_row, int64_t x_k, const A* y, int64_t y_row, A* to,
+                int64_t to_row, bool add_to) {
+    gemm(rows, n, depth, x, x_row, x_k, y, y_row, to, to_row, add_to, Part::kAll, [] {});
+  }
+  // to [dim, mw] = factor · xᵀ, x [m, dim].
+  void turn(const A* x, int dim, A factor, A* to) {
+    for (int i = 0; i < m; ++i) {
+      for (int d = 0; d < dim; ++d) {
+        to[static_cast<size_t>(d) * mw + i] = factor * x[static_cast<size_t>(i) * dim + d];
+      }
+    }
+  }
+  // to [m, width] = factor · x, x [m, dim].
+  void pad_rows(const A* x, int dim, A* to, int width, A factor = 1) {
+    for (int i = 0; i < m; ++i) {
+      for (int d = 0; d < dim; ++d) {
+        to[static_cast<size_t>(i) * width + d] = factor * x[static_cast<size_t>(i) * dim + d];
+      }
+    }
+  }
+  A* grads_of_matrix() {
+    if (of_matrix == nullptr) {
+      of_matrix = take(static_cast<size_t>(m) * mw);
+    }
+    return of_matrix;
+  }
+
+  // ---- Blocks of rows. Padding is zeros: whatever its memory holds never meets a number that counts.
+
+  int load_block(const View& x, const uint8_t* mask, const int64_t* stride, const Sequence& s, const Task& task,
+                 int64_t first, int dim, int width, A* buffer, const A** rows, int64_t* step) {
+    const int count = static_cast<int>(std::min<int64_t>(kRows, task.rows.last - first));
+    any_kept = false;
+    bool all_kept = true;
+    for (int i = 0; i < count; ++i) {
+      keep[i] = keeps(mask, stride, s.batch, first + i);
+      any_kept = any_kept || keep[i];
+      all_kept = all_kept && keep[i];
+    }
+    place(x, s, task, first, count, dim, width, all_kept, buffer, rows, step);
+    return count;
+  }
+  // Products read rows where they lie, if they can.
+  void place(const View& x, const Sequence& s, const Task& task, int64_t first, int count, int dim, int width,
+             bool all_kept, A* buffer, const A** rows, int64_t* step) {
+    if constexpr (std::is_same_v<T, A>) {
+      if (all_kept && x.stride[3] == 1 && dim % kLanes == 0) {
+        *rows = element<const T>(x, s.batch, first, task.head);
+        *step = x.stride[1];
+        return;
+      }
+    }
+    for (int i = 0; i < count; ++i) {
+      A* const to = buffer + static_cast<size_t>(i) * width;
+      if (keep[i]) {
+        load_row(element<const T>(x, s.batch, first + i, task.head), x.stride[3], dim, to);
+      } else {
+        std::fill_n(to, dim, A{0});
+      }
+    }
+    *rows = buffer;
+    *step = width;
+  }
+  int load_queries(const Sequence& s, const Task& task, int64_t first) {
+    return load_block(p.q, p.query_mask, p.query_mask_stride, s, task, first, key_dim, kw, q, &q_rows, &q_step);
+  }
+  int load_keys(const Sequence& s, const Task& task, int64_t first) {
+    return load_block(p.k, p.key_mask, p.key_mask_stride, s, task, first, key_dim, kw, k, &k_rows, &k_step);
+  }
+  // Values of keys, or gradients of outputs, that `keep` tells of.
+  void load_values(const Sequence& s, const Task& task, int64_t first, int count) {
+    place(p.v, s, task, first, count, value_dim, vw, all_kept(count), v, &v_rows, &v_step);
+  }
+  void load_grad_o(const Sequence& s, const Task& task, int64_t first, int count) {
+    place(p.grad_o, s, task, first, count, value_dim, vw, all_kept(count), v, &v_rows, &v_step);
+  }
+  bool all_kept(int count) const {
+    return std::all_of(keep, keep + count, [](bool x) { return x; });
+  }
+
+  void clear(const View& x, const Sequence& s, const Task& head, Range rows, int dim) {
+    std::fill_n(row, dim, A{0});
+    for (int64_t t = rows.first; t < rows.last; ++t) {
+      store_row(row, dim, element<T>(x, s.batch, t, head.head), x.stride[3]);
+    }
+  }
+
+  // ---- Landmarks.
+
+  // The segment that a row is in; −1 or m for none.
+  int64_t segment(const Task& task, const Segments& segments, int64_t at) const {
+    const int64_t* const bounds = segments.bounds + task.sequence * (m + 1);
+    return std::upper_bound(bounds, bounds + m + 1, at) - bounds - 1;
+  }
+  // The task's part of landmarks [m, dim].
+  Range own_landmarks(const Task& task) const { return {m * task.part / task.parts, m * (task.part + 1) / task.parts}; }
+  void clear_landmarks(const Task& task, void* x, int dim) {
+    const Range own = own_landmarks(task);
+    std::fill_n(at_head(x, task, dim) + own.first * dim, own.size() * dim, A{0});
+  }
+  // Adds rows to the sums of their segments, those of one segment to each other first: short sums round less.
+  void pool(const Task& task, const Segments& segments, void* x, int64_t first, int count, const A* rows, int64_t step,
+            int dim) {
+    A* const sums = at_head(x, task, dim);
+    const int64_t* const bounds = segments.bounds + task.sequence * (m + 1);
+    for (int t = 0; t < count;) {
+      const int64_t i = segment(task, segments, first + t);
+      const int64_t end = i < 0 ? bounds[0] : i == m ? first + count : bounds[i + 1];
+      const int stop = static_cast<int>(std::min<int64_t>(count, end - first));
+      if (i >= 0 && i < m) {
+        std::fill_n(row, dim, A{0});
+        for (; t < stop; ++t) {
+          for (int d = 0; d < dim; ++d) {
+            row[d] += rows[t * step + d];
+          }
+        }
+        for (int d = 0; d < dim; ++d) {
+          sums[i * dim + d] += row[d];
+        }
+      }
+      t = stop;
+    }
+  }
+  void divide(const Task& task, const Segments& segments, void* x, int dim) {
+    const Range own = own_landmarks(task);
+    const A* const divisors = static_cast<const A*>(segments.divisors) + task.sequence * m;
+    A* const landmarks = at_head(x, task, dim);
+    for (int64_t i = own.first; i < own.last; ++i) {
+      for (int d = 0; d < dim && divisors[i] != 0; ++d) {
+        landmarks[i * dim + d] /= divisors[i];
+      }
+    }
+  }
+  // Adds to a row's gradient its part of that of the landmark it is in.
+  void add_share(const Task& task, const Segments& segments, int64_t at, const A* grad_landmarks, A* to) const {
+    const int64_t i = segment(task, segments, at);
+    if (i < 0 || i >= m) {
+      return;
+    }
+    const A divisor = static_cast<const A*>(segments.divisors)[task.sequence * m + i];
+    for (int d = 0; d < key_dim; ++d) {
+      to[d] += grad_landmarks[i * kw + d] / divisor;
+    }
+  }
+
+  // ---- Weights.
+
+  // What is added to scores with landmarks of keys: −∞ for dead ones, and for the rest of a vector.
+  void hide_dead(const Task& head) {
+    const A* const divisors = static_cast<const A*>(p.of_k.divisors) + head.sequence * m;
+    std::fill_n(of_landmarks, mw, -std::numeric_limits<A>::infinity());
+    for (int i = 0; i < m; ++i) {
+      if (divisors[i] != 0) {
+        of_landmarks[i] = 0;
+      }
+    }
+  }
+  // A row [mw] of scores with landmarks as weights that sum to 1.
+  void softmax(A* x) {
+    V top = all_of(-std::numeric_limits<A>::infinity());
+    for (int j = 0; j < mw; j += kLanes) {
+      const V score = add(load(x + j), load(of_landmarks + j));
+      store(x + j, score);
+      top = max(top, score);
+    }
+    A lanes[kLanes];
+    store(lanes, top);
+    const V highest = all_of(*std::max_element(lanes, lanes + kLanes));
+    V total = all_of(0);
+    for (int j = 0; j < mw; j += kLanes) {
+      const V weight = exp(minus(load(x + j), highest));
+      store(x + j, weight);
+      total = add(total, weight);
+    }
+    const V share = all_of(1 / sum(total));
+    for (int j = 0; j < mw; j += kLanes) {
+      store(x + j, mul(load(x + j), share));
+    }
+  }
+  // The gradient g [mw] of weights as that of the scores that x, their softmax, came of.
+  void soften(const A* x, A* g) {
+    V total = all_of(0);
+    for (int j = 0; j < mw; j += kLanes) {
+      total = fma(load(x + j), load(g + j), total);
+    }
+    const V shift = all_of(sum(total));
+    for (int j = 0; j < mw; j += kLanes) {
+      store(g + j, mul(load(x + j), minus(load(g + j), shift)));
+    }
+  }
+  // Scores [count, mw] of keys as weights of landmarks of queries, under a maximum that may rise.
+  void weigh(int count, A* highest, A* sums, A* sum_values) {
+    A* const factors = of_landmarks;
+    bool rises = false;
+    for (int j = 0; j < mw; j += kLanes) {
+      V top = load(highest + j);
+      for (int t = 0; t < count; ++t) {
+        if (keep[t]) {
+          top = max(top, load(scores + static_cast<size_t>(t) * mw + j));
+        }
+      }
+      const V factor = exp(minus(load(highest + j), top));
+      store(highest + j, top);
+      store(factors + j, factor);
+      V totals[kSums];  // of the block alone, and several: short sums round less
+      std::fill_n(totals, kSums, all_of(0));
+      for (int t = 0; t < count; ++t) {
+        A* const x = scores + static_cast<size_t>(t) * mw + j;
+        const V weight = keep[t] ? exp(minus(load(x), top)) : all_of(0);
+        store(x, weight);
+        totals[t % kSums] = add(totals[t % kSums], weight);
+      }
+      for (int n = kSums / 2; n > 0; n /= 2) {
+        for (int i = 0; i < n; ++i) {
+          totals[i] = add(totals[i], totals[i + n]);
+        }
+      }
+      store(sums + j, fma(load(sums + j), factor, totals[0]));
+    }
+    for (int i = 0; i < m; ++i) {
+      rises = rises || factors[i] != 1;
+    }
+    for (int i = 0; i < m && rises; ++i) {
+      for (int e = 0; e < vw; ++e) {
+        sum_values[static_cast<size_t>(i) * vw + e] *= factors[i];
+      }
+    }
+  }
+
+  // K̃ᵀ and Wᵀ, for scores of queries and their gradients.
+  void prepare_queries(const Task& task) {
+    turn(at_head(p.landmarks_k, task, key_dim), key_dim, static_cast<A>(p.scale), turned);
+    turn(at_head(p.weighted, task, value_dim), value_dim, 1, turned_values);
+    hide_dead(task);
+  }
+  // A block of F in `scores` and of S₁ in `grads`, with its queries and gradients of outputs at hand.
+  int score_queries(const Sequence& s, const Task& task, int64_t first) {
+    const int count = load_queries(s, task, first);
+    load_grad_o(s, task, first, count);
+    multiply(count, m, key_dim, q_rows, q_step, 1, turned, mw, scores, mw, false);
+    multiply(count, m, value_dim, v_rows, v_step, 1, turned_values, mw, grads, mw, false);
+    for (int i = 0; i < count; ++i) {
+      softmax(scores + static_cast<size_t>(i) * mw);
+      soften(scores + static_cast<size_t>(i) * mw, grads + static_cast<size_t>(i) * mw);
+    }
+    return count;
+  }
+  // Adds `share` to the gradients of the columns whose sum is the norm.
+  void add_to_largest(Inverse<A>& inverse, A norm, A share) {
+    std::fill_n(of_landmarks, mw, A{0});
+    for (int i = 0; i < m; ++i) {
+      for (int j = 0; j < m; ++j) {
+        of_landmarks[j] += inverse.a[static_cast<size_t>(i) * mw + j];
+      }
+    }
+    for (int i = 0; i < m; ++i) {
+      for (int j = 0; j < m; ++j) {
+        inverse.grad_a[static_cast<size_t>(i) * mw + j] += of_landmarks[j] == norm ? share : A{0};
+      }
+    }
+  }
+
+  // ---- Convolution.
+
+  // A head's weights, perhaps in reverse, between zeros.
+  void load_weights(int64_t head, bool reverse) {
+    const A* const from = static_cast<const A*>(p.conv_weight) + head * taps;
+    for (int j = 0; j < taps; ++j) {
+      weights[kTileRows - 1 + j] = from[reverse ? taps - 1 - j : j];
+    }
+  }
+  // Rows [first − before, first − before + count + taps − 1) of x, 0 where they are padding or of no sequence.
+  void load_around(const View& x, const Sequence& s, const Task& task, int64_t first, int count, int before,
+                   const uint8_t* mask, const int64_t* stride, Range of_sequence) {
+    for (int t = 0; t < count + taps - 1; ++t) {
+      const int64_t at = first - before + t;
+      A* const to = around + static_cast<size_t>(t) * vw;
+      if (at >= of_sequence.first && at < of_sequence.last && keeps(mask, stride, s.batch, at)) {
+        load_row(element<const T>(x, s.batch, at, task.head), x.stride[3], value_dim, to);
+      } else {
+        std::fill_n(to, value_dim, A{0});
+      }
+    }
+  }
+  // to [count, vw] += the weights' products with `around`: those of a few rows at a time are a matrix, whose rows are
+  // the weights, each a step further right.
+  void convolve(int count, A* to) {
+    for (int t = 0; t < count; t += kTileRows) {
+      const int rows = std::min(kTileRows, count - t);
+      multiply(rows, value_dim, taps + rows - 1, weights + kTileRows - 1, -1, 1, around + static_cast<size_t>(t) * vw,
+               vw, to + static_cast<size_t>(t) * vw, vw, true);
+    }
+  }
+  // ∂w_j += Σ_t v_t · ∂o_{t − j + reach}.
+  void add_to_convolution(int count, A* grad_conv) {
+    for (int j = 0; j < taps; ++j) {
+      V total = all_of(0);
+      for (int t = 0; t < count; ++t) {
+        const A* const grad = around + static_cast<size_t>(t + taps - 1 - j) * vw;
+        int e = 0;
+        for (; e + kLanes <= value_dim; e += kLanes) {
+          total = fma(load(v_rows + t * v_step + e), load(grad + e), total);
+        }
+        if (e < value_dim) {
+          total = fma(load(v_rows + t * v_step + e, value_dim - e), load(grad + e, value_dim - e), total);
+        }
+      }
+      grad_conv[j] += sum(total);
+    }
+  }
+
+  A *q, *k, *v, *o;                         // [kRows, kw] or [kRows, vw]
+  const A *q_rows, *k_rows, *v_rows;        // rows of a block, there or in the tensors
+  int64_t q_step, k_step, v_step;           // from row to row
+  A *scores, *grads;                        // [kRows, mw]
+  A *turned, *turned_values;                // [D, mw], [D_v, mw]
+  A *scaled, *values;                       // [m, kw], [m, vw]
+  A* row;                                   // [kw or vw]
+  A* of_landmarks;                          // [3, mw]
+  A *around = nullptr, *weights = nullptr;  // [kRows + taps, vw], [taps + 2·kTileRows]
+  A* of_matrix = nullptr;                   // [m, mw]
+  bool keep[kRows], any_kept;
+  std::vector<Buffer<A>> buffers_;
+};
+
+// Runs each(worker, task, its index) over the tasks.
+template <class T, class A, class Each>
+void run_all(const Problem& p, const std::vector<Sequence>& all, const std::vector<Task>& tasks, int threads,
+             Each&& each) {
+  const int64_t count = static_cast<int64_t>(tasks.size());
+#pragma omp parallel num_threads(static_cast<int>(std::clamp<int64_t>(count, 1, threads))) if (threads > 1)
+  {
+    Worker<T, A> worker(p, all);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < count; ++i) {
+      each(worker, tasks[i], i);
+    }
+  }
+}
+
+// One task to each head of each sequence, and the first of the parts that `tasks` have of it.
+std::vector<Task> heads_of(const std::vector<Task>& tasks, std::vector<int64_t>* first) {
+  std::vector<Task> out;
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    if (tasks[i].part == 0) {
+      out.push_back(tasks[i]);
+      out.back().parts = 1;
+      first->push_back(static_cast<int64_t>(i));
+    }
+  }
+  return out;
+}
+
+// Rows of x before the first packed sequence and past the last are 0.
+template <class T>
+void clear_surplus(const Problem& p, const View& x, int64_t rows, int64_t dim) {
+  for (int64_t t = 0; t < rows && p.cu_seqlens != nullptr; ++t) {
+    if (t >= p.cu_seqlens[0] && t < p.cu_seqlens[p.num_sequences]) {
+      continue;
+    }
+    for (int64_t h = 0; h < p.heads; ++h) {
+      for (int64_t d = 0; d < dim; ++d) {
+        narrow(compute_t<T>{0}, static_cast<T*>(x.data) + t * x.stride[1] + h * x.stride[2] + d * x.stride[3]);
+      }
+    }
+  }
+}
+
+// The norms of the matrices that are iterated, by head, and how many columns have them: of each, or the call's largest.
+template <class T, class A>
+void norms(const Problem& p, const std::vector<Sequence>& all, const std::vector<Task>& heads, int threads,
+           std::vector<A>* norm, std::vector<int>* ties) {
+  norm->assign(heads.size(), A{0});
+  ties->assign(heads.size(), 0);
+  if (p.inverse != nullptr) {
+    return;
+  }
+  run_all<T, A>(p, all, heads, threads, [&](Worker<T, A>& worker, const Task& head, int64_t i) {
+    if (all[head.sequence].road == Road::kNystrom) {
+      Inverse<A> inverse(worker.m, 0, false);
+      worker.matrix(head, true, inverse.a);
+      (*norm)[i] = inverse.largest_column(&(*ties)[i]);
+    }
+  });
+  if (p.init != Init::kOriginal || heads.empty()) {
+    return;
+  }
+  const A largest = *std::max_element(norm->begin(), norm->end());
+  int all_ties = 0;
+  for (size_t i = 0; i < heads.size(); ++i) {
+    all_ties += (*norm)[i] == largest ? (*ties)[i] : 0;
+  }
+  norm->assign(heads.size(), largest);
+  ties->assign(heads.size(), all_ties);
+}
+
+template <class T>
+void matrices(const Problem& p, int threads) {
+  using A = compute_t<T>;
+  const std::vector<Sequence> all = sequences(p);
+  std::vector<Task> queries = cut(all, p.heads, &Sequence::queries, kGatherRows);
+  std::vector<Task> keys = cut(all, p.heads, &Sequence::keys, kGatherRows);
+  align(queries, p.of_q, p.num_landmarks, all, &Sequence::queries);
+  align(keys, p.of_k, p.num_landmarks, all, &Sequence::keys);
+  run_all<T, A>(p, all, queries, threads, [&](auto& worker, const Task& task, int64_t) { worker.pool_queries(task); });
+  run_all<T, A>(p, all, keys, threads, [&](auto& worker, const Task& task, int64_t) {
+    worker.pass_keys(task, true, nullptr, nullptr, nullptr);
+  });
+  std::vector<int64_t> first;
+  const std::vector<Task> heads = heads_of(keys, &first);
+  run_all<T, A>(p, all, heads, threads, [&](auto& worker, const Task& head, int64_t i) {
+    const int m = worker.m, mw = worker.mw;
+    Buffer<A> a = zeros<A>(static_cast<size_t>(m) * mw);
+    A* const to = static_cast<A*>(p.matrices) + i * m * m;
+    if (all[head.sequence].road == Road::kNystrom) {
+      worker.matrix(head, true, a.get());
+    } else {
+      for (int j = 0; j < m; ++j) {
+        a[static_cast<size_t>(j) * mw + j] = 1;
+      }
+    }
+    for (int j = 0; j < m; ++j) {
+      std::copy_n(a.get() + static_cast<size_t>(j) * mw, m, to + static_cast<int64_t>(j) * m);
+    }
+  });
+}
+
+template <class T>
+void forward(const Problem& p, int threads) {
+  using A = compute_t<T>;
+  using W = Worker<T, A>;
+  const std::vector<Sequence> all = sequences(p);
+  std::vector<Task> queries = cut(all, p.heads, &Sequence::queries, kGatherRows);
+  std::vector<Task> keys = cut(all, p.heads, &Sequence::keys, kGatherRows);
+  align(queries, p.of_q, p.num_landmarks, all, &Sequence::queries);
+  align(keys, p.of_k, p.num_landmarks, all, &Sequence::keys);
+  std::vector<int64_t> first;
+  const std::vector<Task> heads = heads_of(keys, &first);
+  const int64_t mw = W::whole_vectors(p.num_landmarks), wide = p.num_landmarks * W::whole_vectors(p.value_dim);
+  const size_t parts = keys.size();
+  Buffer<A> highest = zeros<A>(parts * mw + 1), sums = zeros<A>(parts * mw + 1),
+            sum_values = zeros<A>(parts * wide + 1);
+
+  run_all<T, A>(p, all, queries, threads, [&](W& worker, const Task& task, int64_t) { worker.pool_queries(task); });
+  run_all<T, A>(p, all, keys, threads, [&](W& worker, const Task& task, int64_t i) {
+    worker.pass_keys(task, false, highest.get() + i * mw, sums.get() + i * mw, sum_values.get() + i * wide);
+  });
+  std::vector<A> norm;
+  std::vector<int> ties;
+  if (p.init == Init::kOriginal) {
+    norms<T, A>(p, all, heads, threads, &norm, &ties);
+  }
+  run_all<T, A>(p, all, heads, threads, [&](W& worker, const Task& head, int64_t i) {
+    const int64_t from = first[i], of_head = (i + 1 < static_cast<int64_t>(first.size()) ? first[i + 1] : parts) - from;
+    worker.combine(head, of_head, highest.get() + from * mw, sums.get() + from * mw, sum_values.get() + from * wide);
+    if (all[head.sequence].road != Road::kNystrom) {
+      return;
+    }
+    if (p.inverse != nullptr) {
+      worker.weigh_summary(head, static_cast<const A*>(p.inverse) + i * p.num_landmarks * p.num_landmarks,
+                           p.num_landmarks);
+      return;
+    }
+    Inverse<A> inverse(worker.m, p.iterations, false);
+    worker.matrix(head, true, inverse.a);
+    int unused;
+    const A largest = p.init == Init::kOriginal ? norm[i] : inverse.largest_column(&unused);
+    worker.weigh_summary(head, inverse.run(largest * static_cast<A>(1 + p.ridge)), mw);
+  });
+  const std::vector<Task> outs = cut(all, p.heads, &Sequence::queries, kPartRows);
+  run_all<T, A>(p, all, outs, threads, [&](W& worker, const Task& task, int64_t) {
+    const Sequence& s = all[task.sequence];
+    if (task.part == 0) {
+      worker.clear_around(p.o, task, s.all_queries, s.queries, worker.value_dim);
+    }
+    worker.read_out(task);
+  });
+  clear_surplus<T>(p, p.o, p.queries, p.value_dim);
+}
+
+template <class A>
+void add_parts(A* to, int64_t parts, int64_t size) {
+  for (int64_t part = 1; part < parts; ++part) {
+    for (int64_t i = 0; i < size; ++i) {
+      to[i] += to[part * size + i];
+    }
+  }
+}
+
+template <class T>
+void backward(const Problem& p, int threads) {
+  using A = compute_t<T>;
+  using W = Worker<T, A>;
+  const std::vector<Sequence> all = sequences(p);
+  const std::vector<Task> queries = cut(all, p.heads, &Sequence::queries, kGatherRows);
+  const std::vector<Task> keys = cut(all, p.heads, &Sequence::keys, kGatherRows);
+  std::vector<int64_t> first, first_keys;
+  const std::vector<Task> heads = heads_of(queries, &first);
+  heads_of(keys, &first_keys);
+  first.push_back(static_cast<int64_t>(queries.size()));
+  first_keys.push_back(static_cast<int64_t>(keys.size()));
+  const int64_t narrow_rows = p.num_landmarks * W::whole_vectors(p.key_dim);
+  const int64_t wide_rows = p.num_landmarks * W::whole_vectors(p.value_dim);
+  Buffer<A> grad_summary = zeros<A>(queries.size() * wide_rows + 1);  // ∂W, then ∂Y
+  Buffer<A> grad_k = zeros<A>(queries.size() * narrow_rows + 1);      // ∂K̃
+  Buffer<A> grad_q = zeros<A>(heads.size() * narrow_rows + 1);        // ∂Q̃ / a of the matrices, then ∂Q̃
+  Buffer<A> of_keys = zeros<A>(keys.size() * narrow_rows + 1);        // and of the keys
+  Buffer<A> grad_conv = zeros<A>(keys.size() * p.taps + 1);
+
+  run_all<T, A>(p, all, queries, threads, [&](W& worker, const Task& task, int64_t i) {
+    worker.pass_queries(task, grad_summary.get() + i * wide_rows, grad_k.get() + i * narrow_rows);
+  });
+  for (size_t i = 0; i < heads.size(); ++i) {
+    add_parts(grad_summary.get() + first[i] * wide_rows, first[i + 1] - first[i], wide_rows);
+    add_parts(grad_k.get() + first[i] * narrow_rows, first[i + 1] - first[i], narrow_rows);
+  }
+  std::vector<A> norm, grad_norm(heads.size(), A{0});
+  std::vector<int> ties;
+  norms<T, A>(p, all, heads, threads, &norm, &ties);
+  const auto tails = [&](bool only_norm, A grad_log_norm) {
+    run_all<T, A>(p, all, heads, threads, [&](W& worker, const Task& head, int64_t i) {
+      A* const of_k = grad_k.get() + first[i] * narrow_rows;
+      if (all[head.sequence].road == Road::kNystrom) {
+        Inverse<A> inverse(worker.m, p.iterations, true);
+        grad_norm[i] = worker.tail(head, inverse, norm[i], grad_log_norm, ties[i], only_norm,
+                                   grad_summary.get() + first[i] * wide_rows, of_k, grad_q.get() + i * narrow_rows);
+      } else if (!only_norm) {
+        for (int64_t j = 0; j < narrow_rows; ++j) {
+          of_k[j] *= static_cast<A>(p.scale);
+        }
+      }
+    });
+  };
+  A sum = 0;
+  if (p.init == Init::kOriginal) {
+    tails(true, 0);
+    for (const A x : grad_norm) {
+      sum += x;
+    }
+  }
+  tails(false, sum);
+
+  std::vector<int64_t> head_of_key(keys.size());
+  for (size_t i = 0; i + 1 < first_keys.size(); ++i) {
+    std::fill(head_of_key.begin() + first_keys[i], head_of_key.begin() + first_keys[i + 1], static_cast<int64_t>(i));
+  }
+  run_all<T, A>(p, all, keys, threads, [&](W& worker, const Task& task, int64_t i) {
+    const Sequence& s = all[task.sequence];
+    if (task.part == 0) {
+      worker.clear_around(p.grad_k, task, s.all_keys, s.keys, worker.key_dim);
+      worker.clear_around(p.grad_v, task, s.all_keys, s.keys, worker.value_dim);
+    }
+    const int64_t at = first[head_of_key[i]];
+    worker.store_keys(task, grad_summary.get() + at * wide_rows, grad_k.get() + at * narrow_rows,
+                      of_keys.get() + i * narrow_rows, grad_conv.get() + i * p.taps);
+  });
+  std::vector<int64_t> head_of_query(queries.size());
+  for (size_t i = 0; i < heads.size(); ++i) {
+    A *const to = grad_q.get() + i * narrow_rows, *const from = of_keys.get() + first_keys[i] * narrow_rows;
+    add_parts(from, first_keys[i + 1] - first_keys[i], narrow_rows);
+    for (int64_t j = 0; j < narrow_rows; ++j) {
+      to[j] = static_cast<A>(p.scale) * (to[j] + from[j]);
+    }
+    std::fill(head_of_query.begin() + first[i], head_of_query.begin() + first[i + 1], static_cast<int64_t>(i));
+  }
+  run_all<T, A>(p, all, queries, threads, [&](W& worker, const Task& task, int64_t i) {
+    const Sequence& s = all[task.sequence];
+    if (task.part == 0) {
+      worker.clear_around(p.grad_q, task, s.all_queries, s.queries, worker.key_dim);
+    }
+    worker.store_queries(task, grad_q.get() + head_of_query[i] * narrow_rows);
+  });
+  if (p.taps > 0) {
+    A* const to = static_cast<A*>(p.grad_conv);
+    std::fill_n(to, p.heads * p.taps, A{0});
+    for (size_t i = 0; i < keys.size(); ++i) {
+      for (int64_t j = 0; j < p.taps; ++j) {
+        to[keys[i].head * p.taps + j] += grad_conv[static_cast<int64_t>(i) * p.taps + j];
+      }
+    }
+  }
+  clear_surplus<T>(p, p.grad_q, p.queries, p.key_dim);
+  clear_surplus<T>(p, p.grad_k, p.keys, p.key_dim);
+  clear_surplus<T>(p, p.grad_v, p.keys, p.value_dim);
+}
+
+}  // namespace
+
+void run(const Problem& p, Pass pass, int num_threads) {
+  const auto with = [&](auto example) {
+    using T = decltype(example);
+    const int threads = std::max(1, num_threads);
+    switch (pass) {
+      case Pass::kForward:
+        return forward<T>(p, threads);
+      case Pass::kMatrices:
+        return matrices<T>(p, threads);
+      case Pass::kBackward:
+        return backward<T>(p, threads);
+    }
+  };
+  switch (p.dtype) {
+    case DType::kFloat64:
+      return with(double{});
+    case DType::kBFloat16:
+      return with(bfloat16{});
+    case DType::kFloat16:
+      return with(float16{});
+    default:
+      return with(float{});
+  }
+}
+
+}  // namespace KX_ISA
+
+#ifdef KX_ISA_portable
+
+#ifdef KX_X86
+namespace avx2 {
+void run(const Problem& p, Pass pass, int num_threads);
+}
+namespace avx512 {
+void run(const Problem& p, Pass pass, int num_threads);
+}
+#endif
+
+void cpu(const Tensors& in, const Tensors& out, const Options& options, int num_threads) {
+  const Problem p = make_problem(in, out, options, Pass::kForward);
+  KX_DISPATCH(run, p, Pass::kForward, num_threads);
+}
+
+void cpu_matrices(const Tensors& in, const Tensors& out, const Options& options, int num_threads) {
+  const Problem p = make_problem(in, out, options, Pass::kMatrices);
+  KX_DISPATCH(run, p, Pass::kMatrices, num_threads);
+}
+
+void cpu_backward(const Tensors& in, const Tensors& out, const Options& options, int num_threads) {
+  const Problem p = make_problem(in, out, options, Pass::kBackward);
+  KX_DISPATCH(run, p, Pass::kBackward, num_threads);
+}
+
+#endif
+
+}  // namespace kx::nystrom_attention

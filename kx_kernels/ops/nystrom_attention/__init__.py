@@ -1,0 +1,1 @@
+"""Nyström landmark attention; its derivation is in the README beside this file."""

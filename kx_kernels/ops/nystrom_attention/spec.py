@@ -1,0 +1,301 @@
+"""What Nyström attention promises: its cases, the calls it refuses, its costs and how they grow."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._core.spec import BadCall, Call, OpSpec
+from ._problem import NystromProblem
+from .api import nystrom_attention
+from .presets import CONVENTIONS
+from .reference import nystrom_attention as reference
+
+
+@dataclass(frozen=True)
+class NystromCase:
+    """Sizes and forms of one call."""
+
+    batch: int = 2
+    queries: int = 40  # n_q, where `lengths` is None
+    keys: int | None = None  # n_k; None: n_q
+    heads: int = 2
+    dim: int = 16
+    value_dim: int = 16
+    landmarks: int = 8
+    iterations: int | None = None
+    init: str | None = None
+    convention: str | None = None
+    scale: float | None = None
+    ridge: float | None = None
+    conv: int = 0  # κ
+    conv_4d: bool = False  # the weight as torch's Conv2d has it
+    padding: str = "none"  # "none", "left", "right", "holes", "blocks" (whole segments); the last has none but padding
+    by_lengths: bool = False  # the padding on the right as `lengths`
+    query_padding: bool = False  # rows of its own
+    lengths: tuple[int, ...] | None = None  # of packed sequences
+    surplus: int = 0  # packed rows before the first sequence and past the last
+    factors: bool = False
+    layout: str = "plain"  # "plain", "transposed" ([B, H, T, D] memory), "fused" (q, k and v of one buffer)
+    size: float = 1.0  # of queries
+    equal: bool = False  # all tokens are alike: the matrix that is inverted has rank one
+
+
+def make(case: NystromCase, dtype: torch.dtype, device: torch.device, seed: int) -> Call:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device=device, dtype=dtype)
+
+    packed = case.lengths is not None
+    ends = list(itertools.accumulate(case.lengths or (), initial=case.surplus))
+    n_q = ends[-1] + case.surplus if packed else case.queries
+    n_k = n_q if packed or case.keys is None else case.keys
+    lead = () if packed else (case.batch,)
+    widths = {"q": case.dim, "k": case.dim, "v": case.value_dim}
+    if case.layout == "fused":
+        buffer = random(*lead, n_q, case.heads, sum(widths.values()))
+        call: Call = dict(zip(widths, buffer.split(list(widths.values()), -1), strict=True))
+    else:
+        call = {}
+        for name, width in widths.items():
+            rows = n_q if name == "q" else n_k
+            order = (case.heads, rows) if case.layout == "transposed" else (rows, case.heads)
+            x = random(*lead, *order, width)
+            call[name] = x.transpose(-3, -2) if case.layout == "transposed" else x
+        call["q"] = case.size * call["q"]
+    if case.equal:
+        call |= {name: call[name][:, :1].expand_as(call[name]).clone() for name in ("q", "k")}
+    call["num_landmarks"] = case.landmarks
+    options: Call = {"pinv_iterations": case.iterations, "pinv_init": case.init, "landmarks": case.convention}
+    options |= {"scale": case.scale, "ridge": case.ridge, "return_factors": case.factors or None}
+    call |= {name: value for name, value in options.items() if value is not None}
+    if case.conv:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        weight = random(case.heads, case.conv, dtype=wide)
+        call["conv_weight"] = weight[:, None, :, None] if case.conv_4d else weight
+    if case.padding != "none":
+        row = torch.arange(n_k, device=device)
+        short = 2 + torch.arange(case.batch, device=device)[:, None] * 5
+        keep = {
+            "left": row >= short,
+            "right": row < n_k - short,
+            "holes": (row + short) % 4 != 0,
+            "blocks": (row < 12) | (row >= 12 + short),
+        }[case.padding]
+        if case.padding in ("holes", "blocks") and case.batch > 1:
+            keep[-1] = False
+        if case.by_lengths:
+            call["lengths"] = keep.sum(1)
+        else:
+            call["key_padding_mask"] = keep[0] if packed else keep
+    if case.query_padding:
+        keep = torch.ones(*lead, n_q, dtype=torch.bool, device=device)
+        keep[..., ::3] = False
+        call["query_padding_mask"] = keep
+    if packed:
+        call["cu_seqlens"] = torch.tensor(ends, dtype=torch.int32, device=device)
+    return call
+
+
+PLAIN = NystromCase()
+CASES = {
+    "plain": PLAIN,
+    "original": replace(PLAIN, init="original"),
+    "pinv": replace(PLAIN, init="pinv", size=4.0),
+    **{f"iterations_{n}": replace(PLAIN, iterations=n) for n in (0, 1, 12, 20)},
+    **{f"as_{name}": replace(PLAIN, convention=name, queries=43) for name in CONVENTIONS[1:]},
+    **{
+        f"padded_as_{name}": replace(PLAIN, convention=name, batch=3, padding="blocks", conv=3)
+        for name in ("mlpen", "lucidrains")
+    },
+    "short_as_lucidrains": replace(PLAIN, convention="lucidrains", queries=7, size=4.0),
+    "short_as_xformers": replace(PLAIN, convention="xformers", queries=7, padding="right"),
+    "ridge": replace(PLAIN, ridge=0.1, init="original"),
+    "scale": replace(PLAIN, scale=0.7),
+    "conv": replace(PLAIN, conv=33),
+    "conv_1": replace(PLAIN, conv=1, conv_4d=True),
+    "conv_even": replace(PLAIN, conv=4),
+    "conv_wide": replace(PLAIN, conv=65, value_dim=24),
+    "conv_exact": replace(PLAIN, conv=5, queries=6),
+    "padding_left": replace(PLAIN, padding="left", conv=3),
+    "padding_right": replace(PLAIN, padding="right"),
+    "padding_holes": replace(PLAIN, padding="holes", batch=3, conv=3),
+    "lengths": replace(PLAIN, padding="right", by_lengths=True),
+    "cross": replace(PLAIN, queries=25, keys=70),
+    "cross_few_queries": replace(PLAIN, queries=5, keys=30),
+    "cross_few_keys": replace(PLAIN, queries=30, keys=5),
+    "cross_padding": replace(PLAIN, queries=30, keys=41, batch=3, padding="holes", query_padding=True),
+    "query_padding": replace(PLAIN, query_padding=True, padding="right"),
+    "packed": replace(PLAIN, lengths=(30, 0, 5, 9, 17, 8, 0)),
+    "packed_surplus": replace(PLAIN, lengths=(21, 40), surplus=3, conv=5, init="original"),
+    "packed_padding": replace(PLAIN, lengths=(14, 26), padding="left"),
+    "packed_pinv": replace(PLAIN, lengths=(14, 5, 26), init="pinv", size=4.0),
+    "packed_mlpen": replace(PLAIN, lengths=(14, 5, 26), convention="mlpen", padding="holes", batch=1, size=4.0),
+    "factors": replace(PLAIN, factors=True, padding="right"),
+    "factors_packed": replace(PLAIN, factors=True, lengths=(21, 3, 10), surplus=1),
+    "transposed": replace(PLAIN, layout="transposed"),
+    "fused": replace(PLAIN, layout="fused", conv=3),
+    "equal": replace(PLAIN, equal=True),
+    "equal_pinv": replace(PLAIN, equal=True, init="pinv"),
+    "near_identity": replace(PLAIN, size=30.0),
+    "everything": NystromCase(
+        batch=3,
+        queries=90,
+        heads=3,
+        dim=24,
+        value_dim=40,
+        landmarks=12,
+        init="original",
+        scale=0.3,
+        ridge=0.01,
+        conv=5,
+        padding="holes",
+        query_padding=True,
+    ),
+    "everything_small": NystromCase(
+        batch=2,
+        queries=9,
+        heads=1,
+        dim=3,
+        value_dim=2,
+        landmarks=3,
+        iterations=3,
+        init="original",
+        conv=3,
+        padding="left",
+    ),
+    "B0": replace(PLAIN, batch=0),
+    "n0": replace(PLAIN, queries=0),
+    "n1": replace(PLAIN, queries=1),
+    "n7": replace(PLAIN, queries=7),
+    "n8": replace(PLAIN, queries=8),
+    "n9": replace(PLAIN, queries=9),
+    "n65": replace(PLAIN, queries=65),
+    "n130": replace(PLAIN, queries=130, batch=1),
+    "m1": replace(PLAIN, landmarks=1),
+    **{f"m{m}": replace(PLAIN, landmarks=m, queries=140, batch=1, heads=1) for m in (16, 30, 33, 48, 64, 100, 128)},
+    "m256": replace(PLAIN, landmarks=256, queries=270, batch=1, heads=1),
+    "d32": replace(PLAIN, dim=32, value_dim=64),
+    "d64": replace(PLAIN, dim=64, value_dim=64),
+    "d256": replace(PLAIN, dim=256, value_dim=200, batch=1),
+    "d1": replace(PLAIN, dim=1, value_dim=1),
+}
+
+
+def _set(**change: Any) -> Callable[[Call], Call]:
+    return lambda call: call | change
+
+
+def _map(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Call], Call]:
+    return lambda call: call | {name: change(call[name])}
+
+
+def _packed(ends: Any, **more: Any) -> Callable[[Call], Call]:
+    """The call's first sequence alone, packed."""
+    ends = torch.tensor(ends, dtype=torch.int32) if isinstance(ends, list) else ends
+    return lambda call: call | {n: call[n][0] for n in ("q", "k", "v")} | {"cu_seqlens": ends} | more
+
+
+BAD_CALLS = (
+    BadCall("causal", _set(causal=True), ValueError, "causal", "means over the future as well; use linear_attention"),
+    BadCall("q_not_a_tensor", _set(q=[1.0]), TypeError, "q", "a tensor of dtype bfloat16, float16, float32 or float64"),
+    BadCall("q_rank", _map("q", lambda q: q[0]), ValueError, "q", r"shape \[B, T, H, D\]"),
+    BadCall("q_no_dim", _map("q", lambda q: q[..., :0]), ValueError, "q", "a head dimension above 0"),
+    BadCall("k_dtype", _map("k", lambda k: k.half()), TypeError, "k", "the dtype of q, torch.float32"),
+    BadCall("k_dim", _map("k", lambda k: k[..., :8]), ValueError, "k", r"dimension of q, \[2, 40, 2, 16\]"),
+    BadCall("k_heads", _map("k", lambda k: k[:, :, :1]), ValueError, "k", "the heads and the head dimension of q"),
+    BadCall("k_batch", _map("k", lambda k: k[:1]), ValueError, "k", "the batch, the heads"),
+    BadCall("v_length", _map("v", lambda v: v[:, :5]), ValueError, "v", r"the shape of k, \[2, 40, 2, 16\]"),
+    BadCall("device", _map("v", lambda v: v.to("meta")), ValueError, "v", "the device of q, cpu"),
+    BadCall("landmarks_0", _set(num_landmarks=0), ValueError, "num_landmarks", "at least 1"),
+    BadCall("landmarks_float", _set(num_landmarks=8.0), TypeError, "num_landmarks", "an int"),
+    BadCall("iterations", _set(pinv_iterations=-1), ValueError, "pinv_iterations", "at least 0"),
+    BadCall("init", _set(pinv_init="exact"), ValueError, "pinv_init", "'per_matrix', 'original', 'pinv'"),
+    BadCall("convention", _set(landmarks="hf"), ValueError, "landmarks", "'valid', 'mlpen', 'lucidrains'"),
+    BadCall("scale", _set(scale="dim"), TypeError, "scale", "a number"),
+    BadCall("scale_nan", _set(scale=math.nan), ValueError, "scale", "a finite number"),
+    BadCall("ridge", _set(ridge=-0.1), ValueError, "ridge", "0 or more"),
+    BadCall("conv_heads", _set(conv_weight=torch.ones(3, 5)), ValueError, "conv_weight", r"\[H, κ\].*H = 2"),
+    BadCall("conv_empty", _set(conv_weight=torch.ones(2, 0)), ValueError, "conv_weight", r"\[H, κ\]"),
+    BadCall(
+        "conv_cross",
+        lambda call: call | {"q": call["q"][:, :9], "conv_weight": torch.ones(2, 3)},
+        ValueError,
+        "conv_weight",
+        "None, as there are other numbers",
+    ),
+    BadCall(
+        "mask_dtype", _set(key_padding_mask=torch.ones(2, 40)), TypeError, "key_padding_mask", "a tensor of dtype bool"
+    ),
+    BadCall(
+        "mask_shape",
+        _set(query_padding_mask=torch.ones(2, 8, dtype=torch.bool)),
+        ValueError,
+        "query_padding_mask",
+        r"shape \[2, 40\]",
+    ),
+    BadCall("lengths_dtype", _set(lengths=torch.ones(2)), TypeError, "lengths", "dtype int32 or int64"),
+    BadCall("lengths_shape", _set(lengths=torch.ones(3, dtype=torch.int32)), ValueError, "lengths", r"shape \[2\]"),
+    BadCall(
+        "lengths_packed", _packed([0, 40], lengths=torch.ones(1, dtype=torch.int32)), ValueError, "lengths", "None, as"
+    ),
+    BadCall("cu_seqlens_dtype", _packed(torch.zeros(2)), TypeError, "cu_seqlens", "dtype int32"),
+    BadCall("cu_seqlens_large", _packed([0, 5, 41]), ValueError, "cu_seqlens", "the number of rows, 40"),
+    BadCall("cu_seqlens_descending", _packed([0, 5, 3]), ValueError, "cu_seqlens", "ascending"),
+    BadCall("backend", _set(backend="gpu"), ValueError, "backend", "'auto', 'cuda', 'triton', 'cpu', 'reference'"),
+)
+
+
+def flops(call: Call) -> int:
+    """Of the products with landmarks; the inverse does not grow with the length."""
+    q, k, v, m = call["q"], call["k"], call["v"], call["num_landmarks"]
+    rows = math.prod(q.shape[:-1]) + math.prod(k.shape[:-1])
+    return 2 * m * rows * (q.shape[-1] + v.shape[-1])
+
+
+def bytes_(call: Call) -> int:
+    """q, k and v read once, o written once; q has to be read twice, as its landmarks come first."""
+    q, k, v = call["q"], call["k"], call["v"]
+    return (q.numel() + k.numel() + v.numel() + math.prod(q.shape[:-1]) * v.shape[-1]) * q.itemsize
+
+
+def passes(backend: Any, problem: NystromProblem) -> Iterator[str]:
+    results = backend.run(problem)
+    yield "forward"
+    backend.run_backward(problem, results, results.o)
+    yield "backward"
+
+
+SPEC = OpSpec(
+    name="nystrom_attention",
+    function=nystrom_attention,
+    reference=reference,
+    backends=("cpu", "reference"),
+    dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    cannot={},
+    eager={},
+    differentiable=("q", "k", "v", "conv_weight"),
+    cases=CASES,
+    make=make,
+    example="plain",
+    differentiated="everything_small",
+    compiled=("plain", "everything", "packed"),
+    bad_calls=BAD_CALLS,
+    flops=flops,
+    bytes=bytes_,
+    codegen=dict,
+    metered=dict,
+    passes=passes,
+    promises=(),
+    growth={
+        "flops": {"queries": 1.0, "batch": 1.0, "landmarks": 1.0},
+        "bytes": {"queries": 1.0, "batch": 1.0, "landmarks": 0.0},
+    },
+)
