@@ -218,7 +218,7 @@ def test_flash_pytorch_interface() -> None:
         "to_out.weight": [6, 12],
         "to_out.bias": [6],
     }
-    with pytest.raises(NotImplementedError, match=r"dropout is 0\.1; expected 0 in training"):
+    with pytest.raises(ValueError, match=r"dropout is 0\.1; expected 0 in training"):
         layer(torch.randn(1, 3, 6))
     assert layer.eval()(torch.randn(1, 3, 6)).shape == (1, 3, 6)
 

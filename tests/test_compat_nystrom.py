@@ -255,7 +255,7 @@ def test_xformers_interface() -> None:
     assert list(cls(0.1, 3, conv_kernel_size=5).state_dict()) == ["skip_connection.weight"]
     with pytest.raises(ValueError, match="causal is True"):
         cls(0.1, 3, causal=True)
-    with pytest.raises(NotImplementedError, match="landmark_pooling"):
+    with pytest.raises(ValueError, match="landmark_pooling"):
         cls(0.1, 3, landmark_pooling=nn.AvgPool1d(2))
     q = torch.randn(6, 20, 4)
     with pytest.raises(ValueError, match=r"shape \[2, 19\]; expected \[2, 20\] or \[6, 1, 20\]"):

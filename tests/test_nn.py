@@ -123,7 +123,7 @@ def test_a_layer_names_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="rotary turns 16 dimensions; expected at most 8"):
         kx.nn.LinearAttention(16, 2, rotary=kx.nn.RotaryEmbedding(16))
     with pytest.raises(TypeError, match=r"decay is 0.9; expected a tensor of shape \[2\]"):
-        kx.nn.LinearAttention(16, 2, decay=0.9)  # type: ignore[arg-type]
+        kx.nn.LinearAttention(16, 2, decay=0.9)
     with pytest.raises(ValueError, match=r"x has shape \[3, 8\]; expected head_dim = 16"):
         kx.nn.FavorFeatures(16)(torch.randn(3, 8))
 

@@ -177,7 +177,7 @@ class FLASH(nn.Module):
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """`mask` [b, n], bool: no token sees one that is False, but such a token sees others."""
         if self.training and self.dropout.p > 0:
-            raise NotImplementedError(
+            raise ValueError(
                 f"dropout is {self.dropout.p}; expected 0 in training: no kernel drops weights of attention"
             )
         batch, length, _ = x.shape

@@ -16,11 +16,11 @@ NORMALIZATIONS = ("softmax_plus", "squared_relu", "softmax")
 
 
 class ScaleOffset(nn.Module):
-    """A scale `weight`, and an offset `bias` if there is one: parameters only."""
+    """A scale `weight`, and an offset `bias` if there is one, [hidden_size]: parameters only."""
 
-    def __init__(self, hidden_size: int = 768, scale: bool = True, offset: bool = True) -> None:
+    def __init__(self, hidden_size: int = 768, offset: bool = True) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size)) if scale else None
+        self.weight = nn.Parameter(torch.ones(hidden_size))
         self.bias = nn.Parameter(torch.zeros(hidden_size)) if offset else None
 
 
@@ -60,10 +60,10 @@ class GatedAttentionUnit(nn.Module):
         self.activation = activation
         self.intermediate_size = intermediate_size
         self.attention_key_size = attention_key_size
-        self.use_bias = use_bias
         self.normalization = normalization
         self.attention_scale = attention_scale
         self.attention_dropout = attention_dropout
+        self.use_bias = use_bias
         self.i_dense = nn.Linear(hidden_size, 2 * intermediate_size + attention_key_size, bias=use_bias)
         self.o_dense = nn.Linear(intermediate_size, hidden_size, bias=use_bias)
         self.q_scaleoffset = ScaleOffset(attention_key_size, offset=use_bias)
@@ -84,9 +84,9 @@ class GatedAttentionUnit(nn.Module):
         """
         e, s = self.intermediate_size, self.attention_key_size
         u, v, z = self.i_dense(hidden_states).split((e, e, s), -1)
-        both = (self.q_scaleoffset, self.k_scaleoffset)
-        gamma = torch.stack([x.weight for x in both])  # type: ignore[misc]
-        beta = torch.stack([x.bias for x in both]) if self.use_bias else None  # type: ignore[misc]
+        of_q, of_k = self.q_scaleoffset, self.k_scaleoffset
+        gamma = torch.stack((of_q.weight, of_k.weight))
+        beta = None if of_q.bias is None or of_k.bias is None else torch.stack((of_q.bias, of_k.bias))
         tables = None if sinusoidal_pos is None else (sinusoidal_pos[1].squeeze(0), sinusoidal_pos[0].squeeze(0))
         gate, v, q, k = gau_inputs(u, v, z, gamma, beta, activation=self.activation, rope=tables)
         dropping = self.training and self.attention_dropout > 0

@@ -54,9 +54,7 @@ class NystromAttention(nn.Module):
         if causal:
             raise ValueError("NystromAttention: causal is True; expected False: landmarks are means over the future")
         if landmark_pooling is not None:
-            raise NotImplementedError(
-                "NystromAttention: landmark_pooling is a module; expected None: means of segments"
-            )
+            raise ValueError("NystromAttention: landmark_pooling is a module; expected None: means of segments")
         self.num_heads = num_heads
         self.num_landmarks = num_landmarks
         self.inv_iterations = inv_iterations

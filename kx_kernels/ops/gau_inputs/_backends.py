@@ -43,7 +43,7 @@ def reference_gradients(p: Problem, grads: Sequence[Tensor], create_graph: bool)
     """The gradients of p's leaves for those of the results."""
     present = [x for x in p.leaves if x is not None]
     found = iter(torch.autograd.grad(differentiable_reference(p), present, grads, create_graph=create_graph))
-    return Gradients(*(None if x is None else next(found) for x in p.leaves))  # type: ignore[arg-type]
+    return Gradients._make(None if x is None else next(found) for x in p.leaves)
 
 
 def own_leaves(p: Problem) -> Problem:

@@ -75,7 +75,7 @@ def empty_results(p: GauInputsProblem) -> list[Tensor]:
 
 
 def empty_gradients(p: GauInputsProblem) -> Gradients:
-    return Gradients(*(None if x is None else torch.empty_like(x) for x in p.leaves))  # type: ignore[arg-type]
+    return Gradients._make(None if x is None else torch.empty_like(x) for x in p.leaves)
 
 
 def check_values(p: GauInputsProblem) -> None:
