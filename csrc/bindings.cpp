@@ -83,6 +83,9 @@ PYBIND11_MODULE(KX_MODULE_NAME, m) {
   m.def("gau_attention_cuda_fits", &kx::gau_attention::cuda_fits);
   m.def("gau_attention_cuda_tiles", &kx::gau_attention::cuda_tiles);
   m.attr("gau_attention_cuda_tile") = kx::gau_attention::kCudaTile;
+  m.def("mixed_chunk_attention_cuda", &kx::mixed_chunk_attention::cuda);
+  m.def("mixed_chunk_attention_cuda_backward", &kx::mixed_chunk_attention::cuda_backward);
+  m.def("mixed_chunk_attention_cuda_chunks", &kx::mixed_chunk_attention::cuda_chunks);
   m.def("linear_attention_cuda_step", &kx::linear_attention::cuda_step);
 #ifdef KX_EMULATION
   m.def("set_seed", &kx::emulation::set_seed);

@@ -3,51 +3,12 @@
 
 #include "../common/check.h"
 #include "../cuda/launch.cuh"
+#include "forms.cuh"
 #include "kernel.cuh"
 #include "problem.h"
 
 namespace kx::gau_attention {
 namespace {
-
-template <class Kernel>
-void start(Kernel* kernel, const Pass& pass, int64_t blocks, size_t bytes, Stream stream) {
-  KX_CHECK(blocks < (int64_t{1} << 31), "gau_attention: more blocks than a launch holds");
-  if (blocks > 0) {
-    launch(kernel, Launch{dim3(static_cast<unsigned>(blocks)), dim3(kThreads), bytes, stream}, pass);
-  }
-}
-
-// visit(the form whose tiles are square, that for the width of values)
-template <class Visit>
-void with_forms(DType dtype, int64_t value_dim, Visit&& visit) {
-  const auto of_type = [&](auto example, auto wgmma) {
-    using T = decltype(example);
-    constexpr bool kWgmma = decltype(wgmma)::value;
-    using Square = Form<T, kTile, kWgmma>;
-    KX_CHECK(sizeof(Shared<Square>) <= max_shared_bytes(), "gau_attention: a block needs more shared memory");
-    if constexpr (std::is_same_v<T, bfloat16>) {
-      using Wide = Form<T, 2 * kTile, kWgmma>;
-      if (value_dim > kTile && sizeof(Shared<Wide>) <= max_shared_bytes()) {
-        return visit(Square{}, Wide{});
-      }
-    }
-    visit(Square{}, Square{});
-  };
-  switch (dtype) {
-    case DType::kBFloat16:
-      if (has_wgmma()) {
-        return of_type(bfloat16{}, std::true_type{});
-      }
-      return of_type(bfloat16{}, std::false_type{});
-    case DType::kFloat16:
-      return of_type(float16{}, std::false_type{});
-    default:
-      KX_CHECK(dtype == DType::kFloat32, "gau_attention: no CUDA kernel for float64");
-      return of_type(float{}, std::false_type{});
-  }
-}
-
-int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Problem checked(const Tensors& in, const Tensors& out, const Options& options, bool backward) {
   const Problem p = make_problem(in, out, options, backward);

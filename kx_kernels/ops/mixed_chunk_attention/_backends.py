@@ -51,7 +51,7 @@ def backends() -> tuple[dispatch.Backend, ...]:
         return "it has no such kernel yet"
 
     return (
-        dispatch.Backend("cuda", absent, absent),
+        dispatch.Backend("cuda", _native.cuda_unsupported, _native.run_cuda, _native.run_cuda_backward),
         dispatch.Backend("triton", absent, absent),
         dispatch.Backend("cpu", _native.cpu_unsupported, _native.run_cpu, _native.run_cpu_backward),
         dispatch.Backend("reference", lambda problem: None, OPERATOR.run_reference, OPERATOR.run_reference_backward),

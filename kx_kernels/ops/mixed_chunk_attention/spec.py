@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._core.spec import BadCall, Call, OpSpec
+from ..._core.spec import BadCall, Call, KernelPromise, OpSpec
 from ._problem import MixedProblem
 from .api import mixed_chunk_attention
 from .presets import ACTIVATIONS
+from .reference import eager
 from .reference import mixed_chunk_attention as reference
 
 
@@ -273,10 +274,13 @@ SPEC = OpSpec(
     name="mixed_chunk_attention",
     function=mixed_chunk_attention,
     reference=reference,
-    backends=("cpu", "reference"),
+    backends=("cuda", "cpu", "reference"),
     dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
-    cannot={},
-    eager={},
+    cannot={
+        ("cuda", "cpu", torch.float64): "those of tensor cores",
+        ("cuda", "cuda", torch.float64): "those of tensor cores",
+    },
+    eager={"cuda": eager},  # tensor cores take operands of the tensors' dtype
     differentiable=("quad_q", "quad_k", "lin_q", "lin_k", "v", "gate", "bias"),
     cases=CASES,
     make=make,
@@ -289,6 +293,15 @@ SPEC = OpSpec(
     codegen=dict,
     metered=dict,
     passes=passes,
-    promises=(),
+    promises=(
+        KernelPromise("cuda", "prepare|chain|bias"),
+        KernelPromise(  # four registers
+            "cuda", "scores_kernel float32", tensor_core=True, async_copies=True, shared=76 << 10, may_spill=True
+        ),
+        KernelPromise("cuda", "scores_kernel float16", tensor_core=True, shared=76 << 10),  # converted on the way
+        KernelPromise("cuda", "states_kernel float16", tensor_core=True, shared=76 << 10),
+        KernelPromise("cuda", " 256 ", tensor_core=True, async_copies=True, shared=150 << 10),
+        KernelPromise("cuda", tensor_core=True, async_copies=True, shared=100 << 10),
+    ),
     growth={"flops": {"length": 1.0, "batch": 1.0}, "bytes": {"length": 1.0, "batch": 1.0}},
 )
