@@ -32,7 +32,17 @@ CASE = MixedCase(batch=1, length=64, chunk=32, key_dim=16, value_dim=64)
 def small_tiles() -> Iterator[None]:
     """Tiles of 16 × 16, and panels of one."""
     sizes = _triton.Sizes(
-        segment=TILE, rows=TILE, keys=TILE, step=TILE, short=8, columns=32, dim=TILE, depth=TILE, shares=3, warps=4
+        segment=TILE,
+        rows=TILE,
+        keys=TILE,
+        step=TILE,
+        short=8,
+        least=8,
+        columns=32,
+        dim=TILE,
+        depth=TILE,
+        shares=3,
+        warps=4,
     )
     with (
         mock.patch.object(_triton, "_sizes", return_value=sizes),

@@ -26,6 +26,7 @@ class Sizes(NamedTuple):
     keys: int
     step: int
     short: int  # steps where more is in registers
+    least: int  # and where most is
     columns: int  # of outputs, states and gradients of values
     dim: int  # of keys, in states and gradients
     depth: int  # of products before scores
@@ -37,14 +38,14 @@ def _sizes(p: MixedProblem) -> Sizes:
     """Read from the machine code for sm_80, sm_90a and sm_100a: no spills for s = 128 and e = 1536 in bfloat16."""
     if triton.interpreted():  # whose time goes by operations first, and then by numbers
         tile = triton.block(min(p.chunk_size, p.v.shape[1]), 128)
-        return Sizes(16, tile, tile, tile, tile, 2048, 2048, 2048, 2, 8)
+        return Sizes(16, tile, tile, tile, tile, 64, 2048, 2048, 2048, 2, 8)
     if p.v.dtype == torch.bfloat16:
-        return Sizes(128, 128, 128, 64, 32, 256, 128, 64, 64, 8)
+        return Sizes(128, 128, 128, 64, 32, 16, 256, 128, 64, 64, 8)
     if p.v.dtype == torch.float64:
-        return Sizes(32, 32, 32, 32, 32, 32, 32, 16, 64, 4)
+        return Sizes(32, 32, 32, 32, 32, 16, 32, 32, 16, 64, 4)
     if p.v.dtype == torch.float16:
-        return Sizes(128, 128, 64, 32, 32, 128, 128, 32, 64, 8)
-    return Sizes(64, 64, 64, 32, 16, 128, 128, 32, 64, 8)
+        return Sizes(128, 128, 64, 32, 32, 16, 128, 128, 32, 64, 8)
+    return Sizes(64, 64, 64, 32, 16, 16, 128, 128, 32, 64, 8)
 
 
 def unsupported(p: MixedProblem) -> str | None:
@@ -140,11 +141,11 @@ class Launch:
             **triton.arithmetic(p.v.dtype),
         }
 
-    def run(self, kernel: Any, programs: int, **own: Any) -> None:
-        """With those arguments that the kernel has, and its own."""
+    def run(self, kernel: Any, programs: int, warps: int | None = None, stages: int = 3, **own: Any) -> None:
+        """With those arguments that the kernel has, and its own. stages: of loads that are under way, and one more."""
         arguments = self.arguments() | own
         named = {name: arguments[name] for name in kernel.arg_names}
-        triton.launch(kernel, programs, **named, num_warps=self.sizes.warps)
+        triton.launch(kernel, programs, **named, num_warps=warps or self.sizes.warps, num_stages=stages)
 
     def states(self, g: tuple = (None,), gate: tuple = (None,)) -> tuple[Tensor, ...] | tuple[None, None]:
         """What segments take of S, and where there are gradients g of U."""
@@ -159,17 +160,16 @@ class Launch:
         self.run(
             mixed_states_kernel,
             kinds * self.batch * self.places * self.kv_heads * self.s_slices * self.e_slices,
-            s_ptr=own[0],
-            u_ptr=own[1] if kinds > 1 else None,
+            states_ptr=own,
             g=g,
             gate=gate,
-            BR=self.sizes.step,
         )
         block = CHAIN if not triton.interpreted() else triton.power_of_two(own[0, :1].numel())
         self.run(
             mixed_chain_kernel,
             kinds * self.sequences * -(-self.kv_heads * self.s * self.e // block),
             states_ptr=own,
+            warps=4,
             sums_ptr=sums,
             BLOCK=block,
         )
@@ -193,12 +193,14 @@ def run(p: MixedProblem) -> Results:
         launch.run(
             mixed_attention_kernel,
             launch.batch * launch.heads * launch.blocks(launch.sizes.rows) * slices,
+            stages=2 if launch.span > launch.chunk else 3,
             s_ptr=s_sums,
             out=triton.with_strides(results.o, 4),
             ungated=triton.with_strides(results.ungated, 4),
             SLICES=slices,
             BN=launch.sizes.short,
             BS=triton.block(launch.s, ON_CHIP_DIM),
+            BD=triton.block(launch.s, launch.sizes.least),
         )
     return results
 
@@ -234,6 +236,7 @@ def _run_rows(launch: Launch, g: Tensor, factor: Tensor | None, out: Tensor) -> 
         launch.batch * launch.heads * blocks,
         g=triton.with_strides(g, 4),
         factor=triton.with_strides(factor, 4),
+        warps=4,
         ungated=(None,),
         out=triton.with_strides(out, 4),
         sums_ptr=None,
@@ -274,6 +277,8 @@ def _run_panels(launch: Launch, g: tuple, gate: tuple, gradients: Gradients) -> 
             grad_lin_k=triton.with_strides(gradients.lin_k, 4),
             grad_v=triton.with_strides(gradients.v, 4),
             blocks=key_blocks,
+            BR=sizes.least,
+            BS=triton.block(launch.s, sizes.least),
         )
         launch.run(
             mixed_queries_kernel,

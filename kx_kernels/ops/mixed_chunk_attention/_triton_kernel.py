@@ -96,48 +96,58 @@ def _through_state(
 ):  # fmt: skip
     """Rows of x, times the gate where there is one, through what their segment takes of states [s, e]: from s to
     columns of e if OF_KEYS, else from e to columns of s; 0 where it takes nothing."""
-    total = tl.zeros([rows.shape[0], dims.shape[0]], ACC)
-    if states_ptr is not None and reached:
+    if states_ptr is None:
+        return tl.zeros([rows.shape[0], dims.shape[0]], ACC)
+    else:
         place = state if CAUSAL else state - index
         taken = states_ptr + (place * kv_heads + kv_head) * S * E
         if OF_KEYS:
-            total = multiply(
-                x, gate, (taken, 0, 1, 0, E), batch, rows, keep, head, dims, dims < E, 0, S, BD, ACC, DOT, PRECISION
+            return multiply(
+                x, gate, (taken, 0, 1, 0, E), batch, rows, keep, head, dims, (dims < E) & reached, 0, S, BD, ACC, DOT,
+                PRECISION,
             )  # fmt: skip
         else:
-            total = multiply(
-                x, gate, (taken, 0, E, 0, 1), batch, rows, keep, head, dims, dims < S, 0, E, BD, ACC, DOT, PRECISION
+            return multiply(
+                x, gate, (taken, 0, E, 0, 1), batch, rows, keep, head, dims, (dims < S) & reached, 0, E, BD, ACC, DOT,
+                PRECISION,
             )  # fmt: skip
-    return total
+
+
+@triton.jit
+def _factors(numbers, pointers, at, inside, ACC: tl.constexpr):
+    """a, b, c and d [rows]."""
+    return (
+        by_row(numbers[0], pointers[0], at, inside, ACC),
+        by_row(numbers[1], pointers[1], at, inside, ACC),
+        by_row(numbers[2], pointers[2], at, inside, ACC),
+        by_row(numbers[3], pointers[3], at, inside, ACC),
+    )
 
 
 @triton.jit
 def _weights(
-    quad_q, quad_k, lin_q, lin_k, bias, factors, pointers, batch, head, kv_head, i, j, rows, y_rows, at, inside, keep,
-    y_keep, chunk, S: tl.constexpr, F: tl.constexpr, CAUSAL: tl.constexpr, SEVERAL: tl.constexpr, BS: tl.constexpr,
-    ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    quad_q, quad_k, lin_q, lin_k, bias, factors, batch, head, kv_head, i, j, rows, y_rows, keep, y_keep, chunk,
+    S: tl.constexpr, F: tl.constexpr, CAUSAL: tl.constexpr, SEVERAL: tl.constexpr, BS: tl.constexpr, ACC: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What values are multiplied with [i, j]: c P, and between small chunks of a segment d q′·k′; what the gradients of
     that are multiplied with for those of x, or of q′·k′; and where there are any."""
+    a, b, c, d = factors
     products = multiply(
         quad_q, (None,), quad_k, batch, rows, keep, head, y_rows, y_keep, kv_head, S, BS, ACC, DOT, PRECISION
     )  # fmt: skip
-    a = by_row(factors[0], pointers[0], at, inside, ACC)
-    b = by_row(factors[1], pointers[1], at, inside, ACC)
-    c = by_row(factors[2], pointers[2], at, inside, ACC)[:, None]
     x, seen = score(products, i, j, keep, y_keep, a, b, bias, head, 0, CAUSAL)
     near = seen
     if SEVERAL:
         near = seen & _near(i, j, chunk)
-    weights = tl.where(near, activate(x, F) * c, 0)
-    slopes = slope(x, F) * c
+    weights = tl.where(near, activate(x, F) * c[:, None], 0)
+    slopes = slope(x, F) * c[:, None]
     if SEVERAL and CAUSAL:
-        d = by_row(factors[3], pointers[3], at, inside, ACC)[:, None]
         linear = multiply(
             lin_q, (None,), lin_k, batch, rows, keep, head, y_rows, y_keep, kv_head, S, BS, ACC, DOT, PRECISION
         )  # fmt: skip
-        weights = tl.where(seen & ~near, linear * d, weights)
-        slopes = tl.where(near, slopes, d)
+        weights = tl.where(seen & ~near, linear * d[:, None], weights)
+        slopes = tl.where(near, slopes, d[:, None])
     else:
         seen = near
     return weights, slopes, seen
@@ -161,12 +171,12 @@ def _add_outer_products(
 
 @triton.jit(do_not_specialize=["batches", "n", "heads", "sequences", "places", "span"])
 def mixed_states_kernel(
-    lin_q, lin_k, v, gate, g, d_ptr, query_mask, key_mask, ends_ptr, s_ptr, u_ptr, batches, n, heads, sequences,
+    lin_q, lin_k, v, gate, g, d_ptr, query_mask, key_mask, ends_ptr, states_ptr, batches, n, heads, sequences,
     places, span, lin_scale: tl.float64, S: tl.constexpr, E: tl.constexpr, CAUSAL: tl.constexpr,
     GROUP: tl.constexpr, S_SLICES: tl.constexpr, E_SLICES: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
     BE: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: a tile of a segment's own S, or where there are gradients g of its own U."""
+    """One program: a tile of a segment's own S, or where there are gradients g, behind all S, of its own U."""
     pid = tl.program_id(0).to(tl.int64)
     x_dims = (pid % S_SLICES).to(tl.int32) * BK + tl.arange(0, BK)
     y_dims = (pid // S_SLICES % E_SLICES).to(tl.int32) * BE + tl.arange(0, BE)
@@ -178,26 +188,25 @@ def mixed_states_kernel(
     state, index, begin, left, _ = _segment(
         unit // kv_heads % places, ends_ptr, batch, n, sequences, places, span, span
     )  # fmt: skip
-    tokens = tl.minimum(left, span)
-    if tokens <= 0:
+    if left <= 0 or (CAUSAL and tl.where(of_gradients, index == 0, left <= span)):  # nothing takes it
         return
-    at = ((state * kv_heads + kv_head) * S + x_dims)[:, None] * E + y_dims[None, :]
-    real = (x_dims < S)[:, None] & (y_dims < E)[None, :]
+    tokens = tl.minimum(left, span)
     total = tl.zeros([BK, BE], ACC)
     if not of_gradients:
-        if not CAUSAL or left > span:  # nothing comes after the last
-            total = _add_outer_products(
-                total, lin_k, None, v, (None,), key_mask, batch, kv_head, begin, tokens, x_dims, y_dims, S, E, BR, ACC,
-                DOT, PRECISION,
-            )  # fmt: skip
-            tl.store(s_ptr + at, total, mask=real)
-    elif u_ptr is not None and (not CAUSAL or index > 0):
+        total = _add_outer_products(
+            total, lin_k, None, v, (None,), key_mask, batch, kv_head, begin, tokens, x_dims, y_dims, S, E, BR, ACC, DOT,
+            PRECISION,
+        )  # fmt: skip
+    elif g[0] is not None:
         for h in range(GROUP):
             total = _add_outer_products(
                 total, lin_q, _of_batch(d_ptr, batch, n), g, gate, query_mask, batch, kv_head * GROUP + h, begin,
                 tokens, x_dims, y_dims, S, E, BR, ACC, DOT, PRECISION,
             )  # fmt: skip
-        tl.store(u_ptr + at, total * _number(lin_scale, ACC), mask=real)
+        total *= _number(lin_scale, ACC)
+        state += batches * places
+    at = ((state * kv_heads + kv_head) * S + x_dims)[:, None] * E + y_dims[None, :]
+    tl.store(states_ptr + at, total, mask=(x_dims < S)[:, None] & (y_dims < E)[None, :])
 
 
 @triton.jit(do_not_specialize=["batches", "n", "heads", "sequences", "places", "span"])
@@ -235,7 +244,7 @@ def mixed_attention_kernel(
     ungated, n, heads, sequences, blocks, places, span, chunk, scale: tl.float64, bias_scale: tl.float64,
     out_scale: tl.float64, lin_scale: tl.float64, S: tl.constexpr, E: tl.constexpr, F: tl.constexpr,
     CAUSAL: tl.constexpr, SEVERAL: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
+    BN: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: a slice of the outputs' columns, for a block of tokens; P is made here."""
@@ -254,24 +263,23 @@ def mixed_attention_kernel(
     inside = i < tokens
     rows = begin + i
     keep = kept(query_mask, batch, rows, inside)
-    at = batch * n + rows
     kv_head = head // GROUP
     dims = first_column + tl.arange(0, BE)
-    factors = (scale, bias_scale, out_scale, lin_scale)
-    pointers = (a_ptr, b_ptr, c_ptr, d_ptr)
-
+    factors = _factors(
+        (scale, bias_scale, out_scale, lin_scale), (a_ptr, b_ptr, c_ptr, d_ptr), batch * n + rows, inside, ACC
+    )  # fmt: skip
     total = _through_state(
         not CAUSAL or index > 0, lin_q, (None,), s_ptr, state, index, kv_head, heads // GROUP, batch, rows, keep, head,
-        dims, True, S, E, CAUSAL, BS, ACC, DOT, PRECISION,
+        dims, True, S, E, CAUSAL, BD, ACC, DOT, PRECISION,
     )  # fmt: skip
-    total *= by_row(lin_scale, d_ptr, at, inside, ACC)[:, None]
+    total *= factors[3][:, None]
     for key in range(0, _last_seen(first, tokens, BM, CAUSAL), BN):
         j = key + tl.arange(0, BN)
         y_rows = begin + j
         y_keep = kept(key_mask, batch, y_rows, j < tokens)
         weights, _, _ = _weights(
-            quad_q, quad_k, lin_q, lin_k, bias, factors, pointers, batch, head, kv_head, i, j, rows, y_rows, at, inside,
-            keep, y_keep, chunk, S, F, CAUSAL, SEVERAL, BS, ACC, DOT, PRECISION,
+            quad_q, quad_k, lin_q, lin_k, bias, factors, batch, head, kv_head, i, j, rows, y_rows, keep, y_keep, chunk,
+            S, F, CAUSAL, SEVERAL, BS, ACC, DOT, PRECISION,
         )  # fmt: skip
         values = load_rows(v, batch, y_rows, y_keep, kv_head, dims, E).to(DOT)  # [BN, BE]
         total = add_product(total, narrow(weights, DOT, PRECISION), values, DOT, ACC, PRECISION)
@@ -304,16 +312,17 @@ def mixed_scores_kernel(
     inside = i < tokens
     rows = begin + i
     keep = kept(query_mask, batch, rows, inside)
-    at = batch * n + rows
     j = key + tl.arange(0, BN)
     y_rows = begin + j
     y_keep = kept(key_mask, batch, y_rows, j < tokens)
     kv_head = head // GROUP
+    factors = _factors(
+        (scale, bias_scale, out_scale, lin_scale), (a_ptr, b_ptr, c_ptr, d_ptr), batch * n + rows, inside, ACC
+    )  # fmt: skip
     of_weights = multiply(g, gate, v, batch, rows, keep, head, y_rows, y_keep, kv_head, E, BD, ACC, DOT, PRECISION)
     weights, slopes, seen = _weights(
-        quad_q, quad_k, lin_q, lin_k, bias, (scale, bias_scale, out_scale, lin_scale), (a_ptr, b_ptr, c_ptr, d_ptr),
-        batch, head, kv_head, i, j, rows, y_rows, at, inside, keep, y_keep, chunk, S, F, CAUSAL, SEVERAL, BS, ACC,
-        DOT, PRECISION,
+        quad_q, quad_k, lin_q, lin_k, bias, factors, batch, head, kv_head, i, j, rows, y_rows, keep, y_keep, chunk, S,
+        F, CAUSAL, SEVERAL, BS, ACC, DOT, PRECISION,
     )  # fmt: skip
     grads = tl.where(seen, slopes * of_weights, 0)
     to = _panel_rows(batch, rows, n, heads, head, width) + (column + tl.arange(0, BN))[None, :]
@@ -337,7 +346,7 @@ def _sum_over_queries(
             rows = begin + i
             keep = kept(query_mask, batch, rows, inside)
             at = _panel_rows(batch, rows, n, heads, head, width) + (column + tl.arange(0, BN))[None, :]
-            tile = tl.load(panel_ptr + at, mask=inside[:, None], other=0)  # [BR, BN]
+            tile = tl.load(panel_ptr + at, mask=keep[:, None], other=0)  # [BR, BN]
             if WHICH != "all":
                 near = _near(i, key + tl.arange(0, BN), chunk)
                 tile = tl.where(near if WHICH == "near" else ~near, tile, 0)
@@ -372,16 +381,16 @@ def mixed_keys_kernel(
     y_keep = kept(key_mask, batch, y_rows, y_inside)
     after = not CAUSAL or left > span  # whether the sequence has segments that see these keys
     if part < E_SLICES:
-        dims = part * BE + tl.arange(0, BE)
-        total = _through_state(
-            after, lin_k, (None,), u_ptr, state, index, kv_head, kv_heads, batch, y_rows, y_keep, kv_head, dims, True,
-            S, E, CAUSAL, BS, ACC, DOT, PRECISION,
+        columns = part * BE + tl.arange(0, BE)
+        of_values = _through_state(
+            after, lin_k, (None,), u_ptr, state, index, kv_head, kv_heads, batch, y_rows, y_keep, kv_head, columns,
+            True, S, E, CAUSAL, BS, ACC, DOT, PRECISION,
         )  # fmt: skip
-        total = _sum_over_queries(
-            total, panel_ptr, g, gate, None, query_mask, batch, kv_head, n, heads, begin, tokens, key, first_key, width,
-            chunk, dims, "all", E, CAUSAL, GROUP, BN, BR, ACC, DOT, PRECISION,
+        of_values = _sum_over_queries(
+            of_values, panel_ptr, g, gate, None, query_mask, batch, kv_head, n, heads, begin, tokens, key, first_key,
+            width, chunk, columns, "all", E, CAUSAL, GROUP, BN, BR, ACC, DOT, PRECISION,
         )  # fmt: skip
-        store_rows(grad_v, batch, y_rows, y_inside, kv_head, dims, tl.where(y_keep[:, None], total, 0), E)
+        store_rows(grad_v, batch, y_rows, y_inside, kv_head, columns, tl.where(y_keep[:, None], of_values, 0), E)
     elif part < E_SLICES + S_SLICES:
         dims = (part - E_SLICES) * BK + tl.arange(0, BK)
         total = _through_state(
