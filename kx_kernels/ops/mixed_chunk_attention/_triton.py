@@ -67,8 +67,9 @@ class Launch:
         self.sequences = self.batch if p.cu_seqlens is None else p.cu_seqlens.shape[0] - 1
         self.chunk = max(1, min(p.chunk_size, self.n))
         self.span = max(1, self.sizes.segment // self.chunk) * self.chunk  # tokens of a segment
-        self.segments = -(-self.n // self.span)  # of a sequence that is not packed
-        self.places = self.segments if p.cu_seqlens is None else self.n // self.span + self.sequences
+        self.several = self.span > self.chunk
+        # Of segments: of one sequence, or of all packed ones at most.
+        self.places = -(-self.n // self.span) if p.cu_seqlens is None else self.n // self.span + self.sequences
         self.columns, self.dim = triton.block(self.e, self.sizes.columns), triton.block(self.s, self.sizes.dim)
         self.e_slices, self.s_slices = -(-self.e // self.columns), -(-self.s // self.dim)
         # What products take: of float16 in TF32.
@@ -127,7 +128,7 @@ class Launch:
             "E": self.e,
             "F": ACTIVATIONS[p.activation],
             "CAUSAL": p.causal,
-            "SEVERAL": self.span > self.chunk,
+            "SEVERAL": self.several,
             "GROUP": self.heads // self.kv_heads,
             "S_SLICES": self.s_slices,
             "E_SLICES": self.e_slices,
@@ -141,11 +142,11 @@ class Launch:
             **triton.arithmetic(p.v.dtype),
         }
 
-    def run(self, kernel: Any, programs: int, warps: int | None = None, stages: int = 3, **own: Any) -> None:
-        """With those arguments that the kernel has, and its own. stages: of loads that are under way, and one more."""
+    def run(self, kernel: Any, programs: int, warps: int | None = None, **own: Any) -> None:
+        """With those arguments that the kernel has, and its own."""
         arguments = self.arguments() | own
         named = {name: arguments[name] for name in kernel.arg_names}
-        triton.launch(kernel, programs, **named, num_warps=warps or self.sizes.warps, num_stages=stages)
+        triton.launch(kernel, programs, **named, num_warps=warps or self.sizes.warps)
 
     def states(self, g: tuple = (None,), gate: tuple = (None,)) -> tuple[Tensor, ...] | tuple[None, None]:
         """What segments take of S, and where there are gradients g of U."""
@@ -193,13 +194,12 @@ def run(p: MixedProblem) -> Results:
         launch.run(
             mixed_attention_kernel,
             launch.batch * launch.heads * launch.blocks(launch.sizes.rows) * slices,
-            stages=2 if launch.span > launch.chunk else 3,
             s_ptr=s_sums,
             out=triton.with_strides(results.o, 4),
             ungated=triton.with_strides(results.ungated, 4),
             SLICES=slices,
             BN=launch.sizes.short,
-            BS=triton.block(launch.s, ON_CHIP_DIM),
+            BS=triton.block(launch.s, launch.sizes.depth if launch.several else ON_CHIP_DIM),
             BD=triton.block(launch.s, launch.sizes.least),
         )
     return results
