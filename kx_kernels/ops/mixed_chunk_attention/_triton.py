@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -92,6 +93,7 @@ class Launch:
             return of_segments + -(-rest // size)
         return of_segments + rest // size + self.sequences
 
+    @functools.cached_property
     def arguments(self) -> dict[str, Any]:
         """What kernels are launched with, by name."""
         p, sizes = self.p, self.sizes
@@ -144,7 +146,7 @@ class Launch:
 
     def run(self, kernel: Any, programs: int, warps: int | None = None, **own: Any) -> None:
         """With those arguments that the kernel has, and its own."""
-        arguments = self.arguments() | own
+        arguments = self.arguments | own
         named = {name: arguments[name] for name in kernel.arg_names}
         triton.launch(kernel, programs, **named, num_warps=warps or self.sizes.warps)
 
@@ -266,7 +268,13 @@ def _run_panels(launch: Launch, g: tuple, gate: tuple, gradients: Gradients) -> 
         sums = p.bias.new_zeros((-(-units // share), *p.bias.shape))
     s_sums, u_sums = launch.states(g, gate)
     for first_key in range(0, launch.panels * launch.width, launch.width):
-        here = {"g": g, "gate": gate, "panel_ptr": panel, "grad_panel_ptr": grad_panel, "first_key": first_key}
+        here: dict[str, Any] = {
+            "g": g,
+            "gate": gate,
+            "panel_ptr": panel,
+            "grad_panel_ptr": grad_panel,
+            "first_key": first_key,
+        }
         launch.run(mixed_scores_kernel, rows * (launch.width // sizes.keys), **here)
         launch.run(
             mixed_keys_kernel,
