@@ -68,9 +68,8 @@ def _fits(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _longest(p: MixedProblem) -> int:
-    """Tokens of the longest chunk. For packed sequences this waits for the GPU."""
-    length = p.v.shape[1] if p.cu_seqlens is None else max([0, *p.cu_seqlens.diff().tolist()])
-    return min(p.chunk_size, length)
+    """Tokens of the longest chunk, at most."""
+    return min(p.chunk_size, p.v.shape[1])
 
 
 def _chunks(p: MixedProblem) -> int:
