@@ -6,8 +6,10 @@ import contextlib
 import functools
 import importlib.util
 import os
+from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def interpreted() -> bool:
@@ -42,6 +44,44 @@ def unsupported(device: torch.device, dtype: torch.dtype, programs: int) -> str 
 def power_of_two(n: int) -> int:
     """The least one that is not below n."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def block(dim: int, most: int) -> int:
+    """The width of a tile that has all of these columns, or `most` of them."""
+    return min(max(16, power_of_two(dim)), most)
+
+
+def with_strides(x: Tensor | None, rank: int) -> tuple:
+    """A tensor as kernels take it: its pointer, then its strides."""
+    return (x, *(x.stride() if x is not None else (0,) * rank))
+
+
+def distances(bias: Tensor | None) -> tuple:
+    """A bias [1 or H, distances]: its pointer, its strides, 0 for heads that share it, and how many distances."""
+    if bias is None:
+        return (None, 0, 0, 0)
+    return bias, bias.stride(0) if bias.shape[0] > 1 else 0, bias.stride(1), bias.shape[1]
+
+
+def arithmetic(dtype: torch.dtype) -> dict[str, Any]:
+    """What sums are in, and what products take, of tensors of this dtype.
+
+    Products of float16 numbers are taken in TF32, which has their precision and float32's range.
+    """
+    import triton.language as tl
+
+    half, bf16, double = (dtype == x for x in (torch.float16, torch.bfloat16, torch.float64))
+    return {
+        "ACC": tl.float64 if double else tl.float32,
+        "DOT": tl.bfloat16 if bf16 else tl.float64 if double else tl.float32,
+        "PRECISION": "tf32" if half else "tf32x3" if dtype == torch.float32 else "ieee",
+    }
+
+
+def launch(kernel: Any, programs: int, **arguments: Any) -> None:
+    """Of none, nothing."""
+    if programs > 0:
+        kernel[(programs,)](**arguments)
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[object]:

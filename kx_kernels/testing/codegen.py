@@ -289,8 +289,9 @@ def triton_code(spec: OpSpec) -> list[MachineCode]:
                         rows += disassemble(file.name, spec.name, "triton", name, architecture, shared)
         return rows
 
-    folder = Path(api.__file__ or "").parent
-    return _kept([triton.__version__, *sorted(folder.rglob("*.py"))], read)
+    own = Path(api.__file__ or "").parent
+    shared = own.parent.parent / "_core"
+    return _kept([triton.__version__, *sorted(own.rglob("*.py")), *sorted(shared.glob("triton*.py"))], read)
 
 
 def cuda_code(spec: OpSpec) -> list[MachineCode]:

@@ -54,40 +54,17 @@ def _sequences(p: GauProblem) -> int:
     return p.q.shape[0] if p.cu_seqlens is None else p.cu_seqlens.shape[0] - 1
 
 
-def _with_strides(x: Tensor | None, rank: int) -> tuple:
-    return (x, *(x.stride() if x is not None else (0,) * rank))
-
-
-def _block(dim: int, most: int) -> int:
-    return min(max(16, triton.power_of_two(dim)), most)
-
-
-def _distances(bias: Tensor | None) -> tuple:
-    """A bias, where one of a head and one of a distance is, and how many distances."""
-    if bias is None:
-        return (None, 0, 0, 0)
-    return bias, bias.stride(0) if bias.shape[0] > 1 else 0, bias.stride(1), bias.shape[1]
-
-
 class Launch:
     """The kernels of one call: what they share."""
 
     def __init__(self, p: GauProblem) -> None:
-        import triton.language as tl
-
         self.p, self.sizes, self.sequences = p, _sizes(p), _sequences(p)
         self.batch, self.n_q, self.heads, self.s = p.q.shape
         self.n_k, self.e = p.k.shape[1], p.v.shape[3]
         self.group = self.heads // p.k.shape[2]
         self.packed = p.cu_seqlens is not None
-        half, bf16 = p.q.dtype == torch.float16, p.q.dtype == torch.bfloat16
-        # Products of float16 numbers are taken in TF32, which has their precision and float32's range.
-        self.panel_dtype = p.wide if half else p.q.dtype
-        self.how = {
-            "ACC": tl.float64 if p.q.dtype == torch.float64 else tl.float32,
-            "DOT": tl.bfloat16 if bf16 else tl.float64 if p.q.dtype == torch.float64 else tl.float32,
-            "PRECISION": "tf32" if half else "tf32x3" if p.q.dtype == torch.float32 else "ieee",
-        }
+        self.panel_dtype = p.wide if p.q.dtype == torch.float16 else p.q.dtype  # what products take
+        self.how = triton.arithmetic(p.q.dtype)
         self.by_row = [None if x is None else x.contiguous() for x in (p.a, p.b, p.c)]
 
     def blocks(self, size: int) -> int:
@@ -98,7 +75,7 @@ class Launch:
         """What says which rows a block of queries has."""
         p = self.p
         return {
-            "query_mask": _with_strides(p.query_mask, 2),
+            "query_mask": triton.with_strides(p.query_mask, 2),
             "ends": (p.cu_seqlens, p.cu_seqlens_k),
             "n_q": self.n_q,
             "n_k": self.n_k,
@@ -114,15 +91,15 @@ class Launch:
         a, b, c = self.by_row
         return {
             **self.where(self.sizes.rows),
-            "q": _with_strides(p.q, 4),
-            "k": _with_strides(p.k, 4),
-            "v": _with_strides(p.v, 4),
-            "gate": _with_strides(p.gate, 4),
-            "bias": _distances(p.bias),
+            "q": triton.with_strides(p.q, 4),
+            "k": triton.with_strides(p.k, 4),
+            "v": triton.with_strides(p.v, 4),
+            "gate": triton.with_strides(p.gate, 4),
+            "bias": triton.distances(p.bias),
             "a_ptr": a,
             "b_ptr": b,
             "c_ptr": c,
-            "key_mask": _with_strides(p.key_mask, 2),
+            "key_mask": triton.with_strides(p.key_mask, 2),
             "scale": p.scale,
             "bias_scale": p.bias_scale,
             "out_scale": p.out_scale,
@@ -131,7 +108,7 @@ class Launch:
             "F": ACTIVATIONS[p.activation],
             "CAUSAL": p.causal,
             "GROUP": self.group,
-            "BS": _block(self.s, self.sizes.depth),
+            "BS": triton.block(self.s, self.sizes.depth),
             **self.how,
             "num_warps": self.sizes.warps,
         }
@@ -140,10 +117,10 @@ class Launch:
         """What makes their gradients."""
         return {
             **self.scores(),
-            "g": _with_strides(grad_o, 4),
+            "g": triton.with_strides(grad_o, 4),
             "sums_ptr": results.sums,
             "delta_ptr": delta,
-            "BD": _block(self.e, self.sizes.depth),
+            "BD": triton.block(self.e, self.sizes.depth),
         }
 
     def panels(self) -> tuple[int, int, int]:
@@ -165,11 +142,6 @@ class Launch:
     def on_chip_backward(self) -> bool:
         """How long packed sequences are is known where there is a bias for as many distances, and else to the GPU."""
         return self.packed and self.p.bias is None
-
-
-def _run(kernel: Any, programs: int, **arguments: Any) -> None:
-    if programs > 0:
-        kernel[(programs,)](**arguments)
 
 
 def _processors(device: torch.device) -> int:
@@ -201,7 +173,7 @@ def run(p: GauProblem) -> Results:
                 x.zero_()  # rows of no sequence
     launch = Launch(p)
     sizes = launch.sizes
-    columns = _block(launch.e, sizes.columns)
+    columns = triton.block(launch.e, sizes.columns)
     slices = max(1, -(-launch.e // columns))
     units = launch.batch * launch.heads * launch.blocks(sizes.rows) if launch.sequences > 0 else 0
     width = max(1, -(-launch.n_k // sizes.keys)) * sizes.keys
@@ -229,9 +201,9 @@ def run(p: GauProblem) -> Results:
                     BD=sizes.depth,
                 )
             gau_attention_kernel[(count * slices,)](
-                **shared | {"BS": _block(launch.s, MAX_ON_CHIP_DIM)},
-                out=_with_strides(results.o, 4),
-                ungated=_with_strides(results.ungated, 4),
+                **shared | {"BS": triton.block(launch.s, MAX_ON_CHIP_DIM)},
+                out=triton.with_strides(results.o, 4),
+                ungated=triton.with_strides(results.ungated, 4),
                 first_unit=first,
                 count=count,
                 SLICES=slices,
@@ -260,7 +232,7 @@ def run_backward(p: GauProblem, results: Results, grad_o: Tensor) -> Gradients:
             _run_rows(launch, grad_o, p.gate, gated, results, delta)
         scores = launch.gradients(results, grad_o, delta)
         if gated is not None:
-            scores |= {"g": _with_strides(gated, 4), "gate": _with_strides(None, 4)}
+            scores |= {"g": triton.with_strides(gated, 4), "gate": triton.with_strides(None, 4)}
         _run_panels(launch, scores, gradients)
         if p.gate is not None:
             _run_rows(launch, grad_o, results.ungated, gradients.gate, results, None)
@@ -271,21 +243,21 @@ def _run_rows(
     launch: Launch, g: Tensor, factor: Tensor | None, out: Tensor | None, results: Results, delta: Tensor | None
 ) -> None:
     """out = g times a factor, and δ."""
-    from ._triton_kernel import gau_rows_kernel
+    from ..._core.triton_kernel import rows_kernel
 
     rows = max(1, launch.sizes.rows // 8)
-    _run(
-        gau_rows_kernel,
+    triton.launch(
+        rows_kernel,
         launch.batch * launch.heads * launch.blocks(rows),
         **launch.where(rows),
-        g=_with_strides(g, 4),
-        factor=_with_strides(factor, 4),
-        ungated=_with_strides(results.ungated, 4),
-        out=_with_strides(out, 4),
+        g=triton.with_strides(g, 4),
+        factor=triton.with_strides(factor, 4),
+        ungated=triton.with_strides(results.ungated, 4),
+        out=triton.with_strides(out, 4),
         sums_ptr=results.sums,
         delta_ptr=delta,
         E=launch.e,
-        BE=_block(launch.e, launch.sizes.columns),
+        BE=triton.block(launch.e, launch.sizes.columns),
         ACC=launch.how["ACC"],
         num_warps=4,
     )
@@ -307,7 +279,7 @@ def _run_panels(launch: Launch, scores: dict[str, Any], gradients: Gradients) ->
     carry: Tensor | None = None  # what the panels so far have added to the gradients of queries
     if width < keys:
         carry = gradients.q if p.q.dtype == p.wide else p.q.new_empty(p.q.shape, dtype=p.wide)
-    columns, key_columns = _block(launch.e, sizes.columns), _block(launch.s, sizes.columns)
+    columns, key_columns = triton.block(launch.e, sizes.columns), triton.block(launch.s, sizes.columns)
     slices, key_slices = -(-launch.e // columns), -(-launch.s // key_columns)
     key_blocks = launch.n_k // sizes.keys + launch.sequences if launch.packed else width // sizes.keys
     for first_pair in range(0, all_pairs, pairs):
@@ -316,7 +288,7 @@ def _run_panels(launch: Launch, scores: dict[str, Any], gradients: Gradients) ->
             here = {"first_key": first_key, "width": width, "grad_panel_ptr": grad_panel}
             units = {"first_unit": first_pair * blocks}
             if panel is not None:
-                _run(
+                triton.launch(
                     gau_scores_kernel,
                     count * blocks * (width // sizes.keys),
                     **scores | here | units,
@@ -324,13 +296,13 @@ def _run_panels(launch: Launch, scores: dict[str, Any], gradients: Gradients) ->
                     key_blocks=width // sizes.keys,
                     BN=sizes.keys,
                 )
-            _run(
+            triton.launch(
                 gau_keys_kernel,
                 count * key_blocks * (slices + key_slices),
                 **scores | here,
                 panel_ptr=panel,
-                grad_k=_with_strides(gradients.k, 4),
-                grad_v=_with_strides(gradients.v, 4),
+                grad_k=triton.with_strides(gradients.k, 4),
+                grad_v=triton.with_strides(gradients.v, 4),
                 first_pair=first_pair,
                 key_blocks=key_blocks,
                 S_SLICES=key_slices,
@@ -340,12 +312,12 @@ def _run_panels(launch: Launch, scores: dict[str, Any], gradients: Gradients) ->
                 BK=key_columns,
                 BE=columns,
             )
-            _run(
+            triton.launch(
                 gau_queries_kernel,
                 count * blocks * key_slices,
                 **scores | here | units,
-                carry=_with_strides(carry, 4),
-                grad_q=_with_strides(gradients.q, 4),
+                carry=triton.with_strides(carry, 4),
+                grad_q=triton.with_strides(gradients.q, 4),
                 is_first=int(first_key == 0),
                 is_last=int(first_key + width >= keys),
                 S_SLICES=key_slices,
@@ -353,12 +325,12 @@ def _run_panels(launch: Launch, scores: dict[str, Any], gradients: Gradients) ->
                 BK=key_columns,
             )
             if gradients.bias is not None:
-                _run(
+                triton.launch(
                     gau_bias_kernel,
                     gradients.bias.shape[0] * -(-gradients.bias.shape[1] // sizes.keys),
                     **here,
                     b_ptr=launch.by_row[1],
-                    grad_bias=_distances(gradients.bias),
+                    grad_bias=triton.distances(gradients.bias),
                     ends=(p.cu_seqlens, p.cu_seqlens_k),
                     n_q=launch.n_q,
                     n_k=launch.n_k,

@@ -337,7 +337,7 @@ SPEC = OpSpec(
         KernelPromise("cuda", "scores_kernel float16", tensor_core=True, shared=76 << 10),  # converted on the way
         KernelPromise("cuda", " 256 ", tensor_core=True, async_copies=True, shared=150 << 10),
         KernelPromise("cuda", tensor_core=True, async_copies=True, shared=100 << 10),
-        KernelPromise("triton", "gau_rows_kernel", wide=0.6),
+        KernelPromise("triton", " rows_kernel", wide=0.6),
         KernelPromise("triton", "gau_bias_kernel"),  # along diagonals
         KernelPromise("triton", "form", tensor_core=True, async_copies=True, may_spill=True),
         KernelPromise("triton", "bfloat16", wide=0.8, tensor_core=True, async_copies=True),

@@ -43,27 +43,15 @@ def _block(dim: int) -> int:
     return max(16, triton.power_of_two(dim))
 
 
-def _with_strides(x: Tensor | None, rank: int) -> tuple:
-    return (x, *(x.stride() if x is not None else (0,) * rank))
-
-
 class Launch:
     """The passes of one call: what they share, and how each role's tensors lie."""
 
     def __init__(
         self, p: LinearAttentionProblem, denominator: Tensor | None, grad_o: Tensor | None, e_parts: int = 1
     ) -> None:
-        import triton.language as tl
-
         self.p = p
         self.key_dim, self.value_dim = p.q.shape[3], p.v.shape[3]
-        half, bf16 = p.q.dtype == torch.float16, p.q.dtype == torch.bfloat16
-        # Products of float16 numbers are taken in TF32, which has their precision and float32's range.
-        self.how = {
-            "ACC": tl.float64 if p.q.dtype == torch.float64 else tl.float32,
-            "DOT": tl.bfloat16 if bf16 else tl.float64 if p.q.dtype == torch.float64 else tl.float32,
-            "PRECISION": "tf32" if half else "tf32x3" if p.q.dtype == torch.float32 else "ieee",
-        }
+        self.how = triton.arithmetic(p.q.dtype)
         self.block_t, self.state = _sizes(p)
         self.denominator = denominator
         self.e_parts = e_parts
@@ -81,14 +69,14 @@ class Launch:
     def tensors(self, out: Tensor | None) -> dict[str, Any]:
         p = self.p
         return {
-            "q": _with_strides(p.q, 4),
-            "k": _with_strides(p.k, 4),
-            "v": _with_strides(p.v, 4),
-            "out": _with_strides(out, 4),
+            "q": triton.with_strides(p.q, 4),
+            "k": triton.with_strides(p.k, 4),
+            "v": triton.with_strides(p.v, 4),
+            "out": triton.with_strides(out, 4),
             "decay_ptr": p.decay,
-            "tables": (_with_strides(p.cos, 2), _with_strides(p.sin, 2)),
+            "tables": (triton.with_strides(p.cos, 2), triton.with_strides(p.sin, 2)),
             "offsets_ptr": p.offsets,
-            "mask": _with_strides(p.mask, 2),
+            "mask": triton.with_strides(p.mask, 2),
         }
 
     def numbers(self) -> dict[str, Any]:
@@ -137,18 +125,18 @@ class Launch:
 
         def oriented(x: Tensor | None) -> tuple:
             x = x.transpose(2, 3) if x is not None and turned else x
-            return _with_strides(x, 4)
+            return triton.with_strides(x, 4)
 
         arguments: dict[str, Any] = {
             **self.tensors(out),
             **self.numbers(),
-            "g": _with_strides(self.grad_o, 4),
+            "g": triton.with_strides(self.grad_o, 4),
             "den_ptr": self.denominator,
             "e_ptr": self.e,
             "state_in": oriented(state[0]),
-            "z_in": _with_strides(state[1], 3),
+            "z_in": triton.with_strides(state[1], 3),
             "state_out": oriented(end[0]),
-            "z_out": _with_strides(end[1], 3),
+            "z_out": triton.with_strides(end[1], 3),
             "sums_ptr": sums,
             "z_sums_ptr": z_sums,
             "batches": batch,

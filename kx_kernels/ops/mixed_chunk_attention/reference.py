@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..._core.rounding import HeldGradient
 from ..gau_attention.reference import activate
 from ..rope.reference import rope as rotate
 from .presets import resolve
@@ -40,6 +42,48 @@ def mixed_chunk_attention(
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Attention within chunks and between them; `kx_kernels.mixed_chunk_attention` documents the arguments."""
+    return _attend(held=None, **locals())
+
+
+def eager(
+    quad_q: Tensor,
+    quad_k: Tensor,
+    lin_q: Tensor,
+    lin_k: Tensor,
+    v: Tensor,
+    gate: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """The same with f(x), states and the gradients of x, states and A held in their dtype, as eager torch would."""
+    call = inspect.signature(mixed_chunk_attention).bind(quad_q, quad_k, lin_q, lin_k, v, gate, **options)
+    call.apply_defaults()
+    return _attend(**call.arguments, held=v.dtype)
+
+
+def _attend(
+    quad_q: Tensor,
+    quad_k: Tensor,
+    lin_q: Tensor,
+    lin_k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    chunk_size: int,
+    causal: bool,
+    preset: str,
+    activation: str | None,
+    scale: float | str | Tensor | None,
+    normalizer: float | str | Tensor | None,
+    lin_normalizer: float | str | Tensor | None,
+    bias: Tensor | None,
+    bias_scale: float | str | Tensor | None,
+    rope: tuple[Tensor, Tensor] | None,
+    rope_offset: int | Tensor,
+    rope_interleaved: bool,
+    key_padding_mask: Tensor | None,
+    query_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    held: torch.dtype | None,
+) -> Tensor:
     call = dict(locals())
     kind = v.device.type
     with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext():
@@ -97,6 +141,12 @@ def mixed_chunk_attention(
                 return torch.where(count > 0, 1 / count.clamp(min=1), 0)
             return {"dim": dim**-0.5, "chunk": 1 / chunk_size, "none": 1.0}[x]
 
+        def hold(x: Tensor) -> Tensor:
+            return x if held is None else x.to(held).to(exact)
+
+        def hold_gradient(x: Tensor) -> Tensor:
+            return x if held is None else HeldGradient.apply(x, held)
+
         def times(x: Tensor, factor: Tensor | float) -> Tensor:
             return x * (factor[..., None, None] if isinstance(factor, Tensor) else factor)
 
@@ -108,19 +158,19 @@ def mixed_chunk_attention(
             )  # [size, 1 or H, size]
             scores = scores + times(distances.expand(scores.shape), factor(b, {}))
         seen = seen[..., None, :]
-        p = torch.where(seen, activate(torch.where(seen, scores, 0), f), 0)
+        p = hold(torch.where(seen, activate(torch.where(seen, hold_gradient(scores), 0), f), 0))
         if not isinstance(c, (str, Tensor)):
             c = 1 / c
         if not isinstance(d, (str, Tensor)):
             d = 1 / d
         o = times(torch.einsum("bgihj,bgjhe->bgihe", p, values), factor(c, counts))
-        states = torch.einsum("bgjhs,bgjhe->bghse", lk, values)
+        states = hold_gradient(torch.einsum("bgjhs,bgjhe->bghse", lk, values))
         if causal:  # of the chunks before
             states = torch.cat([torch.zeros_like(states[:, :1]), states.cumsum(1)[:, :-1]], 1)
         else:
             states = states.sum(1, keepdim=True).expand_as(states)
-        o = o + times(torch.einsum("bgihs,bghse->bgihe", lq, states), factor(d, lin_counts))
-        o = o.flatten(1, 2)[:, :length]
+        o = o + times(torch.einsum("bgihs,bghse->bgihe", lq, hold(states)), factor(d, lin_counts))
+        o = hold_gradient(o.flatten(1, 2)[:, :length])
         if gate is not None:
             o = o * torch.where(keep_q[..., None, None], gate.to(exact), 0)
         return torch.where(keep_q[..., None, None], o, 0).to(dtype)
@@ -138,5 +188,5 @@ def _packed(ends: Tensor, call: dict[str, Any]) -> Tensor:
         own["cu_seqlens"] = None
         if isinstance(call["rope_offset"], Tensor):
             own["rope_offset"] = call["rope_offset"][n : n + 1]
-        outs.append(mixed_chunk_attention(**own)[0])
+        outs.append(_attend(**own)[0])
     return torch.cat([*outs, v.new_zeros(v.shape[0] - int(ends[-1]), heads, v.shape[2])])

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._core.spec import BadCall, Call, OpSpec
+from ..._core.spec import BadCall, Call, KernelPromise, OpSpec
 from ._problem import MixedProblem
 from .api import mixed_chunk_attention
 from .presets import ACTIVATIONS
+from .reference import eager
 from .reference import mixed_chunk_attention as reference
 
 
@@ -78,6 +79,7 @@ def make(case: MixedCase, dtype: torch.dtype, device: torch.device, seed: int) -
     if case.by_row:
         for name in ("scale", "normalizer", "lin_normalizer"):
             call[name] = random(*lead, length, dtype=torch.float32).abs() + 0.1
+        call["scale"] *= case.key_dim**-0.5  # scores of order one: no row's errors drown the others'
     if case.bias != "none":
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         call["bias"] = random(*((case.heads,) if case.bias == "heads" else ()), 2 * case.chunk + 3, dtype=wide)
@@ -262,6 +264,26 @@ def bytes_(call: Call) -> int:
     return (2 * q.numel() + 2 * k.numel() + v.numel() + wide * (2 if "gate" in call else 1)) * q.itemsize
 
 
+def codegen() -> dict[str, Call]:
+    """The sizes that the kernels are tuned for; and forms that add code, chunks shorter than a tile among them."""
+    wide = MixedCase(batch=1, length=1024, chunk=256, key_dim=128, value_dim=1536, causal=True)
+    form = replace(
+        CASES["everything"], chunk=32, key_dim=128, value_dim=512, lengths=(100, 300), padding="right", by_row=True
+    )
+    return {
+        name: make(case, torch.bfloat16, torch.device("meta"), 0)
+        for name, case in {"bfloat16": wide, "form everything": form}.items()
+    }
+
+
+def metered() -> dict[str, Call]:
+    case = MixedCase(batch=1, length=256, chunk=64, key_dim=64, value_dim=256)
+    return {
+        f"float16, n 256, C 64, s 64, e 256{name}": make(form, torch.float16, torch.device("cpu"), 0)
+        for name, form in (("", case), (", causal", replace(case, causal=True)))
+    }
+
+
 def passes(backend: Any, problem: MixedProblem) -> Iterator[str]:
     results = backend.run(problem)
     yield "forward"
@@ -273,10 +295,10 @@ SPEC = OpSpec(
     name="mixed_chunk_attention",
     function=mixed_chunk_attention,
     reference=reference,
-    backends=("cpu", "reference"),
+    backends=("triton", "cpu", "reference"),
     dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
-    cannot={},
-    eager={},
+    cannot={("triton", "cpu", torch.bfloat16): "truncates to bfloat16"},
+    eager={"triton": eager},  # tensor cores take operands of the tensors' dtype
     differentiable=("quad_q", "quad_k", "lin_q", "lin_k", "v", "gate", "bias"),
     cases=CASES,
     make=make,
@@ -286,9 +308,14 @@ SPEC = OpSpec(
     bad_calls=BAD_CALLS,
     flops=flops,
     bytes=bytes_,
-    codegen=dict,
-    metered=dict,
+    codegen=codegen,
+    metered=metered,
     passes=passes,
-    promises=(),
+    promises=(
+        KernelPromise("triton", " rows_kernel|mixed_chain_kernel", wide=0.6),
+        KernelPromise("triton", "mixed_bias_kernel"),  # along diagonals
+        KernelPromise("triton", "form", tensor_core=True, async_copies=True, may_spill=True),
+        KernelPromise("triton", wide=0.8, tensor_core=True, async_copies=True),
+    ),
     growth={"flops": {"length": 1.0, "batch": 1.0}, "bytes": {"length": 1.0, "batch": 1.0}},
 )
