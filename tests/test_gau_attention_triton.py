@@ -145,7 +145,7 @@ def test_bytes_of_a_panel() -> None:
 @pytest.mark.parametrize(("processors", "launches"), [(1, 4), (4, 4), (6, 4), (7, 4), (8, 1)])
 def test_panels_that_would_leave_processors_idle_are_not_made(processors: int, launches: int) -> None:
     """Three of four blocks of queries fit, 6 programs; on chip a fifth more is multiplied."""
-    with mock.patch.object(_triton, "_processors", return_value=processors):
+    with mock.patch.object(_triton.triton, "processors", return_value=processors):
         forward, _ = passes(CASE, workspace=3 * TILE * CASE.queries * 4)
     assert forward.launches == launches
 

@@ -374,6 +374,8 @@ def test_ridge_is_added_to_the_diagonal(lane: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_inverse_is_wide_for_narrow_tensors(lane: Any, dtype: torch.dtype) -> None:
     """The error is that of rounding the output once: an inverse in 16 bits would be off by 1e-2."""
+    if dtype not in lane.dtypes(SPEC):
+        pytest.skip(SPEC.cannot[lane.backend, lane.device, dtype])
     leaves = inputs(lane, 512, dtype=dtype)
     o = attend(*leaves, num_landmarks=32, backend=lane.backend)
     exact = reference(*(x.double() for x in leaves), num_landmarks=32)

@@ -84,6 +84,11 @@ def launch(kernel: Any, programs: int, **arguments: Any) -> None:
         kernel[(programs,)](**arguments)
 
 
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU, among which programs are shared out."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """The context in which a launch goes to this device."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():

@@ -144,17 +144,13 @@ class Launch:
         return self.packed and self.p.bias is None
 
 
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 def _units_of_a_panel(launch: Launch, units: int, slices: int, unit_bytes: int) -> int:
     """How many blocks of queries have a panel at once: of those that fit, so many that no processor waits for others.
 
     0 where that would leave more of them idle than making scores again for each slice would cost.
     """
     fit = launch.p.workspace // unit_bytes
-    processors = _processors(launch.p.device)
+    processors = triton.processors(launch.p.device)
     if fit >= units:
         return units
     if fit * slices >= processors:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._core.spec import BadCall, Call, OpSpec
+from ..._core.spec import BadCall, Call, KernelPromise, OpSpec
 from ._problem import NystromProblem
 from .api import nystrom_attention
 from .presets import CONVENTIONS
@@ -105,48 +105,49 @@ def make(case: NystromCase, dtype: torch.dtype, device: torch.device, seed: int)
 
 
 PLAIN = NystromCase()
+SHORT = replace(PLAIN, batch=1, iterations=2)  # of steps, by which interpreted and emulated kernels take their time
 CASES = {
     "plain": PLAIN,
     "original": replace(PLAIN, init="original"),
     "pinv": replace(PLAIN, init="pinv", size=4.0),
-    **{f"iterations_{n}": replace(PLAIN, iterations=n) for n in (0, 1, 12, 20)},
-    **{f"as_{name}": replace(PLAIN, convention=name, queries=43) for name in CONVENTIONS[1:]},
+    **{f"iterations_{n}": replace(SHORT, iterations=n) for n in (0, 1, 12, 20)},
+    **{f"as_{name}": replace(SHORT, convention=name, queries=43) for name in CONVENTIONS[1:]},
     **{
-        f"padded_as_{name}": replace(PLAIN, convention=name, batch=3, padding="blocks", conv=3)
+        f"padded_as_{name}": replace(SHORT, convention=name, batch=2, padding="blocks", conv=3)
         for name in ("mlpen", "lucidrains")
     },
-    "short_as_lucidrains": replace(PLAIN, convention="lucidrains", queries=7, size=4.0),
-    "short_as_xformers": replace(PLAIN, convention="xformers", queries=7, padding="right"),
-    "ridge": replace(PLAIN, ridge=0.1, init="original"),
-    "scale": replace(PLAIN, scale=0.7),
-    "conv": replace(PLAIN, conv=33),
-    "conv_1": replace(PLAIN, conv=1, conv_4d=True),
-    "conv_even": replace(PLAIN, conv=4),
-    "conv_wide": replace(PLAIN, conv=65, value_dim=24),
-    "conv_exact": replace(PLAIN, conv=5, queries=6),
-    "padding_left": replace(PLAIN, padding="left", conv=3),
-    "padding_right": replace(PLAIN, padding="right"),
-    "padding_holes": replace(PLAIN, padding="holes", batch=3, conv=3),
-    "lengths": replace(PLAIN, padding="right", by_lengths=True),
-    "cross": replace(PLAIN, queries=25, keys=70),
-    "cross_few_queries": replace(PLAIN, queries=5, keys=30),
-    "cross_few_keys": replace(PLAIN, queries=30, keys=5),
-    "cross_padding": replace(PLAIN, queries=30, keys=41, batch=3, padding="holes", query_padding=True),
-    "query_padding": replace(PLAIN, query_padding=True, padding="right"),
-    "packed": replace(PLAIN, lengths=(30, 0, 5, 9, 17, 8, 0)),
-    "packed_surplus": replace(PLAIN, lengths=(21, 40), surplus=3, conv=5, init="original"),
-    "packed_padding": replace(PLAIN, lengths=(14, 26), padding="left"),
-    "packed_pinv": replace(PLAIN, lengths=(14, 5, 26), init="pinv", size=4.0),
-    "packed_mlpen": replace(PLAIN, lengths=(14, 5, 26), convention="mlpen", padding="holes", batch=1, size=4.0),
-    "factors": replace(PLAIN, factors=True, padding="right"),
-    "factors_packed": replace(PLAIN, factors=True, lengths=(21, 3, 10), surplus=1),
-    "transposed": replace(PLAIN, layout="transposed"),
-    "fused": replace(PLAIN, layout="fused", conv=3),
-    "equal": replace(PLAIN, equal=True),
-    "equal_pinv": replace(PLAIN, equal=True, init="pinv"),
-    "near_identity": replace(PLAIN, size=30.0),
+    "short_as_lucidrains": replace(SHORT, convention="lucidrains", queries=7, size=4.0),
+    "short_as_xformers": replace(SHORT, convention="xformers", queries=7, padding="right"),
+    "ridge": replace(SHORT, ridge=0.1, init="original"),
+    "scale": replace(SHORT, scale=0.7),
+    "conv": replace(SHORT, conv=33),
+    "conv_1": replace(SHORT, conv=1, conv_4d=True),
+    "conv_even": replace(SHORT, conv=4),
+    "conv_wide": replace(SHORT, conv=65, value_dim=24),
+    "conv_exact": replace(SHORT, conv=5, queries=6),
+    "padding_left": replace(SHORT, padding="left", conv=3),
+    "padding_right": replace(SHORT, padding="right"),
+    "padding_holes": replace(SHORT, padding="holes", batch=2, conv=3),
+    "lengths": replace(SHORT, batch=2, padding="right", by_lengths=True),
+    "cross": replace(PLAIN, batch=1, queries=25, keys=70),
+    "cross_few_queries": replace(SHORT, queries=5, keys=30),
+    "cross_few_keys": replace(SHORT, queries=30, keys=5),
+    "cross_padding": replace(SHORT, queries=30, keys=41, batch=2, padding="holes", query_padding=True),
+    "query_padding": replace(SHORT, query_padding=True, padding="right"),
+    "packed": replace(PLAIN, heads=1, lengths=(30, 0, 5, 9, 17, 8, 0)),
+    "packed_surplus": replace(SHORT, lengths=(21, 40), surplus=3, conv=5, init="original"),
+    "packed_padding": replace(SHORT, lengths=(14, 26), padding="left"),
+    "packed_pinv": replace(SHORT, lengths=(14, 5, 26), init="pinv", size=4.0),
+    "packed_mlpen": replace(SHORT, lengths=(14, 5, 26), convention="mlpen", padding="holes", size=4.0),
+    "factors": replace(SHORT, batch=2, factors=True, padding="right"),
+    "factors_packed": replace(SHORT, factors=True, lengths=(21, 3, 10), surplus=1),
+    "transposed": replace(SHORT, layout="transposed"),
+    "fused": replace(SHORT, layout="fused", conv=3),
+    "equal": replace(SHORT, equal=True),
+    "equal_pinv": replace(SHORT, equal=True, init="pinv"),
+    "near_identity": replace(PLAIN, batch=1, size=30.0),
     "everything": NystromCase(
-        batch=3,
+        batch=2,
         queries=90,
         heads=3,
         dim=24,
@@ -171,21 +172,21 @@ CASES = {
         conv=3,
         padding="left",
     ),
-    "B0": replace(PLAIN, batch=0),
-    "n0": replace(PLAIN, queries=0),
-    "n1": replace(PLAIN, queries=1),
-    "n7": replace(PLAIN, queries=7),
-    "n8": replace(PLAIN, queries=8),
-    "n9": replace(PLAIN, queries=9),
-    "n65": replace(PLAIN, queries=65),
-    "n130": replace(PLAIN, queries=130, batch=1),
-    "m1": replace(PLAIN, landmarks=1),
-    **{f"m{m}": replace(PLAIN, landmarks=m, queries=140, batch=1, heads=1) for m in (16, 30, 33, 48, 64, 100, 128)},
-    "m256": replace(PLAIN, landmarks=256, queries=270, batch=1, heads=1),
-    "d32": replace(PLAIN, dim=32, value_dim=64),
-    "d64": replace(PLAIN, dim=64, value_dim=64),
-    "d256": replace(PLAIN, dim=256, value_dim=200, batch=1),
-    "d1": replace(PLAIN, dim=1, value_dim=1),
+    "B0": replace(SHORT, batch=0),
+    "n0": replace(SHORT, queries=0),
+    "n1": replace(SHORT, queries=1),
+    "n7": replace(SHORT, queries=7),
+    "n8": replace(SHORT, queries=8),
+    "n9": replace(SHORT, queries=9),
+    "n65": replace(SHORT, queries=65),
+    "n130": replace(SHORT, queries=130),
+    "m1": replace(SHORT, landmarks=1),
+    **{f"m{m}": replace(SHORT, landmarks=m, queries=140, heads=1) for m in (16, 30, 33, 48, 64, 100, 128)},
+    "m256": replace(SHORT, landmarks=256, queries=270, heads=1),
+    "d32": replace(SHORT, dim=32, value_dim=64),
+    "d64": replace(SHORT, dim=64, value_dim=64),
+    "d256": replace(SHORT, dim=256, value_dim=200),
+    "d1": replace(SHORT, dim=1, value_dim=1),
 }
 
 
@@ -266,6 +267,25 @@ def bytes_(call: Call) -> int:
     return (q.numel() + k.numel() + v.numel() + math.prod(q.shape[:-1]) * v.shape[-1]) * q.itemsize
 
 
+def codegen() -> dict[str, Call]:
+    """The sizes that the kernels are tuned for, and what adds code and fills the chip."""
+    tuned = NystromCase(batch=1, queries=4096, heads=1, dim=64, value_dim=64, landmarks=64)
+    large = replace(tuned, landmarks=256, dim=256, value_dim=256, lengths=(4096,), conv=33, init="original")
+    meta = torch.device("meta")
+    return {
+        "bfloat16": make(tuned, torch.bfloat16, meta, 0),
+        "form float32": make(large, torch.float32, meta, 0),
+    }
+
+
+def metered() -> dict[str, Call]:
+    case = NystromCase(batch=1, queries=512, dim=64, value_dim=64, landmarks=32)
+    return {
+        f"float16, n 512, m 32, D 64{name}": make(form, torch.float16, torch.device("cpu"), 0)
+        for name, form in (("", case), (", conv 33", replace(case, conv=33)))
+    }
+
+
 def passes(backend: Any, problem: NystromProblem) -> Iterator[str]:
     results = backend.run(problem)
     yield "forward"
@@ -277,9 +297,9 @@ SPEC = OpSpec(
     name="nystrom_attention",
     function=nystrom_attention,
     reference=reference,
-    backends=("cpu", "reference"),
+    backends=("triton", "cpu", "reference"),
     dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
-    cannot={},
+    cannot={("triton", "cpu", torch.bfloat16): "truncates to bfloat16"},
     eager={},
     differentiable=("q", "k", "v", "conv_weight"),
     cases=CASES,
@@ -290,10 +310,14 @@ SPEC = OpSpec(
     bad_calls=BAD_CALLS,
     flops=flops,
     bytes=bytes_,
-    codegen=dict,
-    metered=dict,
+    codegen=codegen,
+    metered=metered,
     passes=passes,
-    promises=(),
+    promises=(
+        KernelPromise("triton", "pool|combine|sum_kernel"),
+        KernelPromise("triton", "form", tensor_core=True, async_copies=True, may_spill=True),
+        KernelPromise("triton", "bfloat16", wide=0.45, tensor_core=True, async_copies=True),
+    ),
     growth={
         "flops": {"queries": 1.0, "batch": 1.0, "landmarks": 1.0},
         "bytes": {"queries": 1.0, "batch": 1.0, "landmarks": 0.0},
