@@ -64,7 +64,7 @@ class Buffers {
   template <class Integer>
   Tensor integers(DType dtype, const std::vector<Integer>& values) {
     Tensor x = allocate(dtype, {static_cast<int64_t>(values.size())});
-    std::memcpy(x.data, values.data(), values.size() * sizeof(Integer));
+    std::copy(values.begin(), values.end(), static_cast<Integer*>(x.data));
     return x;
   }
   Tensor mask(int64_t batch, int64_t rows) {  // three of four are kept
