@@ -16,12 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _load_rows(x, batch, rows, inside, head, dims, D: tl.constexpr):
-    """[BT, columns] of x = (pointer, strides), 0 where there is none."""
-    at = x[0] + batch * x[1] + rows[:, None] * x[2] + head * x[3] + dims[None, :] * x[4]
-    return tl.load(at, mask=inside[:, None] & (dims < D)[None, :], other=0)
+from ..._core.triton_kernel import inverse, load_rows, narrow
 
 
 @triton.jit
@@ -37,10 +32,7 @@ def _feature(x, real, stabilizer, FEATURE: tl.constexpr, DOT: tl.constexpr, PREC
     elif FEATURE == "exp":
         x = tl.exp(x - stabilizer)
     x = tl.where(real, x, 0)
-    if PRECISION == "tf32":  # to the 11 bits that the product takes
-        bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
-        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-    return x.to(DOT)
+    return narrow(x, DOT, PRECISION)
 
 
 @triton.jit
@@ -51,7 +43,7 @@ def _lowest(
     """What "exp" lowers queries by, [BT, 1]: the largest of a row where that cancels."""
     if FEATURE == "exp" and NORMALIZE:
         columns = tl.arange(0, ALL_K)
-        x = _load_rows(q, batch, rows, keep, head, columns, K).to(ACC)
+        x = load_rows(q, batch, rows, keep, head, columns, K).to(ACC)
         return tl.max(tl.where((columns < K)[None, :], x, -float("inf")), 1)[:, None]
     return tl.full([BT, 1], 1.0, ACC) * stabilizer
 
@@ -115,12 +107,6 @@ def _add_product(state, x, y, DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: t
 
 
 @triton.jit
-def _inverse(den):
-    """1 / den, or 0: a row without weights has no output."""
-    return tl.where(den != 0, 1 / tl.where(den != 0, den, 1.0), 0.0)
-
-
-@triton.jit
 def _meet(
     q, g, den_ptr, e_ptr, batch, batches, length, heads, q_head, part, rows, inside, keep, k_dims, v_dims, cos, sin, b,
     turned_b, values, state, z, since, until, kept, weight, stabilizer, eps, scale, total, side,
@@ -143,7 +129,7 @@ def _meet(
     a = b
     turned_a = b
     if REVERSE or not SUM:
-        raw = _load_rows(q, batch, rows, keep, q_head, k_dims, K).to(ACC)
+        raw = load_rows(q, batch, rows, keep, q_head, k_dims, K).to(ACC)
         lowest = _lowest(q, batch, rows, keep, q_head, stabilizer, K, FEATURE, NORMALIZE, ALL_K, BT, ACC)
         a = _feature(raw, keep[:, None] & (k_dims < K)[None, :], lowest, FEATURE, DOT, PRECISION)  # [BT, BK]
         turned_a = a
@@ -154,8 +140,8 @@ def _meet(
         else:
             if NORMALIZE:
                 den = tl.load(den_ptr + row, mask=keep, other=0)
-            inverse = _inverse(den) if NORMALIZE else den * scale
-            grad = _load_rows(g, batch, rows, keep, q_head, v_dims, V).to(ACC) * inverse[:, None]
+            factor = inverse(den) if NORMALIZE else den * scale
+            grad = load_rows(g, batch, rows, keep, q_head, v_dims, V).to(ACC) * factor[:, None]
             grad = grad.to(DOT)  # [BT, BV]
             if NORMALIZE and (ROLE == "dk" or (ROLE == "dq" and SLICES > 1)):
                 for m in tl.static_range(E_PARTS):
@@ -184,11 +170,11 @@ def _meet(
                 if part == 0:
                     tl.store(den_ptr + row, den, mask=inside)
             elif ROLE == "e":
-                share = -tl.sum(total * turned_a.to(ACC), 1) * inverse
+                share = -tl.sum(total * turned_a.to(ACC), 1) * factor
                 tl.store(e_ptr + part * (batches * length * heads) + row, share, mask=inside)
             elif ROLE == "dq":
                 if SLICES == 1:
-                    e = -tl.sum(total * turned_a.to(ACC), 1) * inverse
+                    e = -tl.sum(total * turned_a.to(ACC), 1) * factor
                     tl.store(e_ptr + row, e, mask=inside)
                 beside = side if R > 0 else total
                 beside += z[None, :] * (since * e)[:, None]
@@ -332,14 +318,14 @@ def linear_attention_kernel(
             kept = _power(count, log_gamma, ACC)
 
         real = keep[:, None] & (k_dims < K)[None, :]
-        raw_k = _load_rows(k, batch, rows, keep, kv_head, k_dims, K).to(ACC)
+        raw_k = load_rows(k, batch, rows, keep, kv_head, k_dims, K).to(ACC)
         b = _feature(raw_k, real, stabilizer, FEATURE, DOT, PRECISION)  # [BT, BK]
         turned_b = b
         if R > 0:
             turned_b = _turn(b.to(ACC), cos, sin, BT, BK).to(DOT)
         values = turned_b  # dv, which has no need of them
         if ROLE != "dv":
-            values = _load_rows(v, batch, rows, keep, kv_head, v_dims, V).to(DOT)  # [BT, BV]
+            values = load_rows(v, batch, rows, keep, kv_head, v_dims, V).to(DOT)  # [BT, BV]
 
         total = tl.zeros([BT, BW], ACC)
         side = tl.zeros([BT, BK], ACC)
@@ -382,7 +368,7 @@ def linear_attention_kernel(
                     total = _turn(total, cos, -sin, BT, BK)
                 raw, lowest = raw_k, stabilizer
                 if ROLE == "dq":  # once more: kept since above it would hold registers
-                    raw = _load_rows(q, batch, rows, keep, head, k_dims, K).to(ACC)
+                    raw = load_rows(q, batch, rows, keep, head, k_dims, K).to(ACC)
                     lowest = _lowest(q, batch, rows, keep, head, stabilizer, K, FEATURE, NORMALIZE, ALL_K, BT, ACC)
                 total = tl.where(keep[:, None], (total + side) * _slope(raw, lowest, FEATURE), 0.0)
             if ROLE != "e":
@@ -456,14 +442,14 @@ def linear_attention_step_kernel(
                     position = rows + tl.load(offsets_ptr + batch)
                 cos, sin = _angles(tables, tl.where(keep, position, -1), 0, table_length, BK, R, ACC)
             real = keep[:, None] & (k_dims < K)[None, :]
-            raw = _load_rows(k, batch, rows, keep, kv_head, k_dims, K).to(ACC)
+            raw = load_rows(k, batch, rows, keep, kv_head, k_dims, K).to(ACC)
             b = _feature(raw, real, stabilizer, FEATURE, ACC, "ieee")  # [1, BK]
-            values = _load_rows(v, batch, rows, keep, kv_head, v_dims, V).to(ACC)  # [1, BV]
+            values = load_rows(v, batch, rows, keep, kv_head, v_dims, V).to(ACC)  # [1, BV]
             z = z * gamma + b
             state = state * gamma + tl.trans(_turn(b, cos, sin, 1, BK)) * values
             for h in range(GROUP):
                 head = kv_head * GROUP + h
-                raw = _load_rows(q, batch, rows, keep, head, k_dims, K).to(ACC)
+                raw = load_rows(q, batch, rows, keep, head, k_dims, K).to(ACC)
                 lowest = _lowest(q, batch, rows, keep, head, stabilizer, K, FEATURE, NORMALIZE, BK, 1, ACC)
                 a = _feature(raw, real, lowest, FEATURE, ACC, "ieee")
                 total = tl.sum(tl.trans(_turn(a, cos, sin, 1, BK)) * state, 0)[None, :]  # [1, BV]
