@@ -17,6 +17,7 @@ void run(int64_t number) {
   Buffers memory(random);
   // Few problems have every dtype, and bfloat16 with and without wgmma.
   const DType dtypes[] = {DType::kBFloat16, DType::kFloat16, DType::kBFloat16, DType::kFloat32};
+  const bool fused = number / 4 % 2 == 0;  // forward on chip, or in panels
   const DType dtype = dtypes[number % 4], operand = dtype == DType::kBFloat16 ? dtype : DType::kFloat32;
   emulation::set_wgmma(number % 4 == 2);
   const bool packed = draw(random, 0, 2) == 0, causal = toss(random), by_sum = toss(random);
@@ -76,11 +77,22 @@ void run(int64_t number) {
   const int64_t tiles = cuda_tiles(batch, queries, sequences, packed);
   const int64_t pitch = std::max<int64_t>(1, (longest + kCudaTile - 1) / kCudaTile) * kCudaTile;
   const int64_t room = std::max<int64_t>(1, toss(random) ? 1 : tiles * heads);
+  const bool cut = fused && toss(random);  // keys, into segments
+  const int64_t segments = (keys + kCudaTile - 1) / kCudaTile;
   std::string first;
   for (uint64_t schedule = 0; schedule < 2; ++schedule) {
     emulation::set_seed(static_cast<uint64_t>(number) + schedule);
     results_for(out);
-    cuda(in, out, options, memory.empty(operand, {room * kCudaTile * pitch}), longest, 0, 0);
+    if (fused) {
+      const auto parts = [&](const Sizes& size) {
+        return cut ? std::optional(memory.empty(DType::kFloat32, size)) : std::nullopt;
+      };
+      cuda_fused(in, out, options, parts({segments, batch, queries, heads, (value_dim + 3) / 4 * 4}),
+                 parts({segments, batch, queries, heads}), kCudaTile * (cut ? 1 : std::max<int64_t>(segments, 1)), 0,
+                 0);
+    } else {
+      cuda(in, out, options, memory.empty(operand, {room * kCudaTile * pitch}), longest, 0, 0);
+    }
     expect_written(out, number);
     expect_same(first, bytes_of(out), number);
   }
@@ -106,14 +118,18 @@ void run(int64_t number) {
     }
     return gradients;
   };
-  const int64_t panel = toss(random) ? kCudaTile : pitch, g_pitch = (value_dim + 7) / 8 * 8;
+  const bool on_chip = packed && !biased && fused;
+  const int64_t panel = !on_chip && toss(random) ? kCudaTile : pitch, g_pitch = (value_dim + 7) / 8 * 8;
   first.clear();
   for (uint64_t schedule = 0; schedule < 2; ++schedule) {
     emulation::set_seed(static_cast<uint64_t>(number) + schedule);
     Tensors gradients = gradients_for();
+    const auto panels = [&] {
+      return on_chip ? std::nullopt : std::optional(memory.empty(operand, {batch, queries, heads, panel}));
+    };
     const Tensors workspaces{
-        memory.empty(operand, {batch, queries, heads, panel}),
-        memory.empty(operand, {batch, queries, heads, panel}),
+        panels(),
+        panels(),
         memory.empty(operand, {batch, queries, heads, g_pitch}),
         memory.empty(DType::kFloat32, rows),
         memory.empty(DType::kFloat32, q_size),
