@@ -480,7 +480,7 @@ __global__ void __launch_bounds__(kThreads, 1) gau_fused_queries_kernel(const __
   }
 }
 template <class F>
-__global__ void __launch_bounds__(kThreads) gau_combine_kernel(const __grid_constant__ FusedPass pass) {
+__global__ void __launch_bounds__(kThreads, 1) gau_combine_kernel(const __grid_constant__ FusedPass pass) {
   combine_parts(pass, shared_memory<Shared<F>>(), static_cast<int>(blockIdx.x));
 }
 
