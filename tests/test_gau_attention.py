@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -13,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kx_kernels as kx
+from kx_kernels.ops.gau_attention import _backends
 from kx_kernels.ops.gau_attention.reference import eager
 from kx_kernels.ops.gau_attention.reference import gau_attention as reference
 from kx_kernels.ops.gau_attention.spec import SPEC
 from kx_kernels.testing.budget import assert_within_budget
+from kx_kernels.testing.emulation import emulated_cuda
 from kx_kernels.testing.poison import same_bits
 
 attend = kx.gau_attention
@@ -271,10 +274,12 @@ def test_many_tiles(lane: Any, n: int) -> None:
         assert_within_budget(*found, f"result {i}")
 
 
-def test_less_workspace_is_more_passes(lane: Any) -> None:
+@pytest.mark.parametrize("key_dim", [16, 130])  # 130 dimensions are too many on chip
+def test_less_workspace_is_more_passes(lane: Any, key_dim: int) -> None:
     """The same forward; backward the same but for the order of sums."""
     made = torch.Generator().manual_seed(0)
-    leaves = [torch.randn(2, 150, 2, d, generator=made).to(lane.device).requires_grad_() for d in (16, 16, 24, 24)]
+    widths = (key_dim, key_dim, 24, 24)
+    leaves = [torch.randn(2, 150, 2, d, generator=made).to(lane.device).requires_grad_() for d in widths]
     bias = torch.randn(299, generator=made).to(lane.device).requires_grad_()
     results = []
     for workspace in (0, 1 << 26):
@@ -283,6 +288,51 @@ def test_less_workspace_is_more_passes(lane: Any) -> None:
     assert same_bits(results[0][0].detach(), results[1][0].detach())
     for few, many in zip(*results, strict=True):
         assert_close_in_float32(few, many)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+def test_packed_with_less_workspace(lane: Any, biased: bool, dtype: torch.dtype) -> None:
+    """Gradients of packed sequences where a panel of scores has all keys, and where it has not."""
+    if dtype not in lane.dtypes(SPEC) or (lane.backend == "triton" and lane.slow):
+        pytest.skip("refused, or takes minutes")
+    made = torch.Generator().manual_seed(0)
+    ends = torch.tensor([2, 7, 7, 142, 150], dtype=torch.int32, device=lane.device)
+    widths = (16, 16, 140, 140)
+    leaves = [torch.randn(152, 2, d, generator=made).to(lane.device, dtype).requires_grad_() for d in widths]
+    if biased:
+        leaves.append(torch.randn(2 * 135 - 1, generator=made).to(lane.device).requires_grad_())
+    weight = torch.randn(152, 2, 140, generator=made).to(lane.device)
+
+    def results(function: Any, to: torch.dtype, **how: Any) -> list[Tensor]:
+        own = [x.detach().to(torch.promote_types(to, x.dtype)).requires_grad_() for x in leaves]
+        bias = {"bias": own[4]} if biased else {}
+        out = function(*own[:4], **bias, cu_seqlens=ends, causal=True, **how)
+        return [out.detach(), *torch.autograd.grad(out, own, weight.to(out.dtype))]
+
+    exact = results(reference, torch.float64)
+    plain = results(eager if lane.backend in ("cuda", "triton") else reference, dtype)
+    emulated = lane.backend == "cuda" and lane.slow and dtype == torch.bfloat16
+    machines = [lane.ready, *([functools.partial(emulated_cuda, wgmma=False)] if emulated else [])]
+    for machine, workspace in itertools.product(machines, (0, 1 << 26)):
+        with machine():
+            ours = results(attend, dtype, workspace=workspace, backend=lane.backend)
+        for i, found in enumerate(zip(ours, exact, plain, strict=True)):
+            assert_within_budget(*found, f"result {i}")
+
+
+@pytest.mark.parametrize("workspace", [0, 1 << 26])
+def test_packed_calls_wait_for_nothing(lane: Any, workspace: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host reads no data, which a GPU would have to finish first."""
+    if lane.backend not in ("cuda", "triton"):
+        pytest.skip("on a CPU data is there")
+    monkeypatch.setattr(_backends, "check_values", lambda p: None)  # of calls on a CPU alone
+    for name in ("tolist", "item", "numpy", "__bool__", "__int__", "__float__"):
+        monkeypatch.setattr(Tensor, name, lambda *_: pytest.fail("the host read data"))
+    ends = torch.tensor([0, 6, 140], dtype=torch.int32, device=lane.device)
+    leaves = [x[0].requires_grad_() for x in inputs(lane, length=140, batch=1)]
+    out = attend(*leaves, cu_seqlens=ends, workspace=workspace, backend=lane.backend)
+    torch.autograd.grad(out, leaves, out.detach())
 
 
 def test_relu2_is_flat_at_zero(lane: Any) -> None:

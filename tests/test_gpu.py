@@ -66,6 +66,26 @@ def test_graph_replay_with_other_positions(backend: str) -> None:
             assert same_bits(a, b)
 
 
+@pytest.mark.parametrize("workspace", [0, 1 << 26])
+def test_graph_replay_with_other_lengths(backend: str, workspace: int) -> None:
+    leaves = [torch.randn(512, 1, d, device="cuda", dtype=torch.bfloat16).requires_grad_() for d in (128, 128, 256)]
+    ends = torch.tensor([0, 200, 512], dtype=torch.int32, device="cuda")
+
+    def call() -> list[torch.Tensor]:
+        out = kx.gau_attention(*leaves, cu_seqlens=ends, workspace=workspace, backend=backend)
+        return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = call()
+    for values in ([0, 200, 512], [0, 1, 512], [3, 500, 500]):
+        ends.copy_(torch.tensor(values))
+        graph.replay()
+        for a, b in zip(outs, call(), strict=True):
+            assert same_bits(a, b)
+
+
 def test_no_synchronisation(backend: str) -> None:
     q, k, cos, sin = inputs()
     offset = torch.zeros(2, dtype=torch.int32, device="cuda")

@@ -82,14 +82,19 @@ __device__ inline MatrixDescriptor describe(Tile<E, kRows, kColumns, kSwizzle>& 
   return describe_matrix(start, kLeading, 8 * kSwizzle, kMode);
 }
 
-// d += a · b for k in [0, depth). a is [16, k] from (a_row, 0) of its tile, or [k, 16] from (0, a_row) if kTurnedA; b
-// is [8·N, k] from (b_row, 0), or [k, 8·N] from (0, b_row) if kTurnedB. With swizzled tiles four warps do it together,
-// whose a_row are 16 apart from a multiple of 64 on.
-// meanwhile() is called once, and should not touch d: wgmma goes on beside it.
-template <class T, bool kTurnedA, bool kTurnedB, int N, class A, class B, class Meanwhile>
-__device__ inline void multiply(float (&d)[N][4], A& a, int a_row, B& b, int b_row, int depth, Meanwhile&& meanwhile) {
+// Whether wgmma reads these tiles, by four warps, or mma.sync.
+template <class A>
+__host__ __device__ constexpr bool is_swizzled() {
+  return A::kPanel == A::kStride;
+}
+
+// Begins d += a · b for k in [0, depth). a is [16, k] from (a_row, 0) of its tile, or [k, 16] from (0, a_row) if
+// kTurnedA; b is [8·N, k] from (b_row, 0), or [k, 8·N] from (0, b_row) if kTurnedB. With swizzled tiles four warps do
+// it together, whose a_row are 16 apart from a multiple of 64 on, and d is whole after finish_products.
+template <class T, bool kTurnedA, bool kTurnedB, int N, class A, class B>
+__device__ inline void begin_product(float (&d)[N][4], A& a, int a_row, B& b, int b_row, int depth) {
   const int lane = threadIdx.x % 32;
-  if constexpr (A::kPanel == A::kStride) {
+  if constexpr (is_swizzled<A>()) {
     auto& registers = reinterpret_cast<float (&)[4 * N]>(d);
     constexpr Major kA = kTurnedA ? Major::kMN : Major::kK, kB = kTurnedB ? Major::kMN : Major::kK;
     a_row = a_row / 64 * 64;
@@ -100,10 +105,7 @@ __device__ inline void multiply(float (&d)[N][4], A& a, int a_row, B& b, int b_r
                               kTurnedB ? describe<true>(b, k, b_row) : describe<false>(b, b_row, k));
     }
     commit_products();
-    meanwhile();
-    wait_products<0>(registers);
   } else if constexpr (std::is_same_v<T, bfloat16>) {
-    meanwhile();
     const int low = lane % 8, second = lane / 8 % 2 * 8, third = lane / 16 * 8;
 #pragma unroll 2  // all at once would keep every address in a register
     for (int k = 0; k < depth; k += 16) {
@@ -125,7 +127,6 @@ __device__ inline void multiply(float (&d)[N][4], A& a, int a_row, B& b, int b_r
       }
     }
   } else {
-    meanwhile();
     const int g = lane / 4, t = lane % 4;
 #pragma unroll(N > 8 ? 1 : 2)
     for (int k = 0; k < depth; k += 8) {
@@ -147,6 +148,87 @@ __device__ inline void multiply(float (&d)[N][4], A& a, int a_row, B& b, int b_r
       }
     }
   }
+}
+
+// What a warp has of a product's result, [16, 8·N], as the a of the next, whose k are its columns: in registers, as it
+// was. TF32 takes column t of eight where the result has column 2t, and t + 4 for 2t + 1; so b's rows are read like
+// that.
+template <class T, int N>
+struct Fragments {
+  static constexpr int kDepth = Products<T>::kDepth, kSteps = 8 * N / kDepth;
+  std::conditional_t<std::is_same_v<T, bfloat16>, uint32_t, float> x[kSteps][4];
+
+  __device__ void take(const float (&d)[N][4]) {
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (std::is_same_v<T, bfloat16>) {
+          const float* const pair = d[2 * k + i / 2] + i % 2 * 2;
+          x[k][i] = pack<bfloat16>(pair[0], pair[1]);
+        } else {
+          x[k][i] = operand<T>(d[k][i % 2 * 2 + i / 2]);
+        }
+      }
+    }
+  }
+};
+
+// Begins d += a · b for k in [first, first + depth) of a; b is [depth, 8·N].
+template <class T, int N, int K, class B>
+__device__ inline void begin_product(float (&d)[N][4], Fragments<T, K>& a, int first, B& b, int depth) {
+  constexpr int kDepth = Fragments<T, K>::kDepth;
+  const int lane = threadIdx.x % 32;
+  if constexpr (is_swizzled<B>()) {
+    auto& registers = reinterpret_cast<float (&)[4 * N]>(d);
+    fence_products(registers, reinterpret_cast<uint32_t (&)[4 * Fragments<T, K>::kSteps]>(a.x));
+#pragma unroll
+    for (int k = 0; k < depth; k += kDepth) {
+      wgmma<T, 8 * N, Major::kMN>(registers, a.x[(first + k) / kDepth], describe<true>(b, k, 0));
+    }
+    commit_products();
+  } else {
+#pragma unroll
+    for (int k = 0; k < depth; k += kDepth) {
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        if constexpr (std::is_same_v<T, bfloat16>) {
+          uint32_t y[2];
+          load_matrices<true>(y, b.at(k + lane % 16, 8 * n));
+          mma_m16n8k16<bfloat16>(d[n], a.x[(first + k) / kDepth], y);
+        } else {
+          float y[2];
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            y[i] = *b.at(k + lane % 4 * 2 + i, 8 * n + lane / 4);
+          }
+          multiply_tf32<Products<T>::kSplit>(d[n], a.x[(first + k) / kDepth], y);
+        }
+      }
+    }
+  }
+}
+
+// Waits for all but the kNewest newest products that have begun, the last of which to finish is d.
+template <int kNewest, bool kWgmma, int N>
+__device__ inline void finish_products(float (&d)[N][4]) {
+  if constexpr (kWgmma) {
+    wait_products<kNewest>(reinterpret_cast<float (&)[4 * N]>(d));
+  }
+}
+
+// A whole product. meanwhile() is called once, and should not touch d: wgmma goes on beside it.
+template <class T, bool kTurnedA, bool kTurnedB, int N, class A, class B, class Meanwhile>
+__device__ inline void multiply(float (&d)[N][4], A& a, int a_row, B& b, int b_row, int depth, Meanwhile&& meanwhile) {
+  constexpr bool kWgmma = is_swizzled<A>();
+  if constexpr (!kWgmma) {
+    meanwhile();
+  }
+  begin_product<T, kTurnedA, kTurnedB>(d, a, a_row, b, b_row, depth);
+  if constexpr (kWgmma) {
+    meanwhile();
+  }
+  finish_products<0, kWgmma>(d);
 }
 
 template <class T, bool kTurnedA, bool kTurnedB, int N, class A, class B>

@@ -13,6 +13,8 @@
 // barrier.
 #pragma once
 
+#include <utility>
+
 #include "convert.cuh"
 #include "device.cuh"
 #include "tma.cuh"
@@ -51,24 +53,24 @@ __device__ inline MatrixDescriptor advance(MatrixDescriptor matrix, unsigned byt
 
 #ifndef KX_EMULATION
 namespace detail {
-// The compiler moves no use of these registers across.
-template <int... kRegisters>
-__device__ inline void pin(float (&... d)[kRegisters]) {
-  const auto use = [](auto& registers) {
-#pragma unroll
-    for (float& x : registers) {
-      asm volatile("" : "+f"(x)::"memory");
-    }
-  };
-  (use(d), ...);
+__device__ inline void pin(float& x) { asm volatile("" : "+f"(x)::"memory"); }
+__device__ inline void pin(uint32_t& x) { asm volatile("" : "+r"(x)::"memory"); }
+template <class X, int N, size_t... kIndex>
+__device__ inline void pin(X (&x)[N], std::index_sequence<kIndex...>) {
+  (pin(x[kIndex]), ...);
+}
+// The compiler moves no use of these registers across. (A loop it might not unroll in a large kernel.)
+template <class... X, int... kRegisters>
+__device__ inline void pin(X (&... d)[kRegisters]) {
+  (pin(d, std::make_index_sequence<kRegisters>()), ...);
 }
 }  // namespace detail
 #endif
 
-// Orders this warpgroup's registers before its next products, which fill the accumulators `d`: before the first, and
-// after its accumulators or fragments were touched.
-template <int... kRegisters>
-__device__ inline void fence_products(float (&... d)[kRegisters]) {
+// Orders this warpgroup's registers before its next products, accumulators and fragments `d`: before the first, and
+// after any of them was touched.
+template <class... X, int... kRegisters>
+__device__ inline void fence_products(X (&... d)[kRegisters]) {
 #ifdef KX_EMULATION
   (static_cast<void>(d), ...);
   emulation::fence_products();

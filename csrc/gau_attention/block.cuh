@@ -140,7 +140,7 @@ class Block {
   static constexpr int kN = F::kN, kVector = 16 / sizeof(E), kWide = 16 / sizeof(T);
 
   __device__ __forceinline__ explicit Block(Shared<F>& shared)
-      : shared(shared), thread(static_cast<int>(threadIdx.x)), warp(thread / 32) {}
+      : shared(shared), thread(unknown(static_cast<int>(threadIdx.x))), warp(thread / 32) {}
 
   // A barrier that what wgmma reads may have been written before.
   __device__ __forceinline__ static void sync() {
@@ -320,7 +320,8 @@ __device__ __forceinline__ float factor(const Problem& p, double number, const v
 
 // P of kTile queries and kTile keys of one head: scores[n][i] becomes of_value(row, f(x)). And backward X, but for the
 // factor a: grads[n][i] becomes f′(x) of_grad(row, G vᵀ), g being rows of G. shared.own of rows are there already.
-template <class F, bool kBackward, class OfValue, class OfGrad>
+// kTurned: Pᵀ and Xᵀ, a row of which is a key's.
+template <class F, bool kBackward, bool kTurned = false, class OfValue, class OfGrad>
 __device__ __forceinline__ void score_tile(Block<F>& block, const Problem& p, const Sequence& s, int head, int key,
                                            const Rows<typename F::E>& g, float (&scores)[F::kN][4],
                                            float (&grads)[kBackward ? F::kN : 1][4], OfValue&& of_value,
@@ -341,15 +342,15 @@ __device__ __forceinline__ void score_tile(Block<F>& block, const Problem& p, co
   const Rows<T> q = queries_of<T>(p, p.q, s, head, p.key_dim), k = keys_of<T>(p, p.k, s, head, p.key_dim);
   block.template accumulate<false, false>(scores, ceil_div(static_cast<int>(p.key_dim), F::kDepth),
                                           [&](Stage<F>& stage, int step) {
-                                            block.load(stage.a, q, s.first, step * F::kDepth);
-                                            block.load(stage.b, k, key, step * F::kDepth);
+                                            block.load(kTurned ? stage.b : stage.a, q, s.first, step * F::kDepth);
+                                            block.load(kTurned ? stage.a : stage.b, k, key, step * F::kDepth);
                                           });
   if constexpr (kBackward) {
     const int value_dim = static_cast<int>(p.value_dim);
     const Rows<T> v = keys_of<T>(p, p.v, s, head, value_dim);
     block.template accumulate<false, false>(grads, ceil_div(value_dim, F::kDepth), [&](Stage<F>& stage, int step) {
-      block.load(stage.a, g, s.first, step * F::kDepth);
-      block.load(stage.b, v, key, step * F::kDepth);
+      block.load(kTurned ? stage.b : stage.a, g, s.first, step * F::kDepth);
+      block.load(kTurned ? stage.a : stage.b, v, key, step * F::kDepth);
     });
   }
 
@@ -357,7 +358,8 @@ __device__ __forceinline__ void score_tile(Block<F>& block, const Problem& p, co
                                               : static_cast<const float*>(p.bias) +
                                                     (p.bias_heads > 1 ? head : 0) * p.distances + p.distances / 2;
   const int apart = key - (s.first + s.shift());  // of the first key from the first query
-  block.for_each([&](int row, int column, int n, int i) {
+  block.for_each([&](int tile_row, int tile_column, int n, int i) {
+    const int row = kTurned ? tile_column : tile_row, column = kTurned ? tile_row : tile_column;
     const int distance = apart + column - row;
     const bool sees = shared.keep_query[row] && shared.keep_key[column] && !(p.causal && distance > 0);
     float x = shared.scale[row] * scores[n][i];

@@ -4,6 +4,7 @@
 #include "../common/check.h"
 #include "../cuda/launch.cuh"
 #include "forms.cuh"
+#include "fused.cuh"
 #include "kernel.cuh"
 #include "problem.h"
 
@@ -24,6 +25,31 @@ int64_t elements(const Tensor& x) {
     n *= x.size[d];
   }
   return n;
+}
+
+// visit(the form of the kernel on chip): whether it has room.
+template <class Visit>
+bool with_on_chip_form(DType dtype, int64_t key_dim, int64_t value_dim, Visit&& visit) {
+  const auto fits = [&](auto form) {
+    const bool room = key_dim <= kMaxKeyDim && sizeof(Shared<decltype(form)>) <= max_shared_bytes();
+    if (room) {
+      visit(form);
+    }
+    return room;
+  };
+  const auto of_bfloat16 = [&](auto wgmma) {
+    constexpr bool kWgmma = decltype(wgmma)::value;
+    return (value_dim > kTile && fits(OnChipForm<bfloat16, 2 * kTile, kWgmma>{})) ||
+           fits(OnChipForm<bfloat16, kTile, kWgmma>{});
+  };
+  switch (dtype) {
+    case DType::kBFloat16:
+      return has_wgmma() ? of_bfloat16(std::true_type{}) : of_bfloat16(std::false_type{});
+    case DType::kFloat16:
+      return fits(OnChipForm<float16, kTile, false>{});
+    default:
+      return dtype == DType::kFloat32 && fits(OnChipForm<float, kTile, false>{});
+  }
 }
 
 }  // namespace
@@ -63,12 +89,50 @@ void cuda(const Tensors& in, const Tensors& out, const Options& options, const T
   });
 }
 
+int64_t cuda_fused_columns(int dtype, int64_t key_dim, int64_t value_dim, int device) {
+  const DeviceGuard guard(device);
+  int64_t columns = 0;
+  with_on_chip_form(static_cast<DType>(dtype), key_dim, value_dim,
+                    [&](auto form) { columns = decltype(form)::kColumns; });
+  return columns;
+}
+
+void cuda_fused(const Tensors& in, const Tensors& out, const Options& options, const std::optional<Tensor>& parts,
+                const std::optional<Tensor>& part_sums, int64_t segment, int device, intptr_t stream) {
+  FusedPass pass{};
+  pass.p = checked(in, out, options, false);
+  const Problem& p = pass.p;
+  KX_CHECK(segment > 0 && segment % kTile == 0, "gau_attention: a segment is whole tiles");
+  KX_CHECK(parts ? parts->dtype == DType::kFloat32 && part_sums.has_value() : p.keys <= segment,
+           "gau_attention: several segments need their sums");
+  pass.segment = static_cast<int>(segment);
+  pass.segments = static_cast<int>(parts ? up(p.keys, segment) : 1);
+  if (parts) {
+    pass.parts = static_cast<float*>(parts->data);
+    pass.part_sums = static_cast<float*>(part_sums->data);
+    pass.pitch = parts->size[4];
+  }
+  const int64_t tasks = cuda_tiles(p.batch, p.queries, p.num_sequences, p.cu_seqlens != nullptr) * p.heads;
+  const DeviceGuard guard(device);
+  const Stream on = (Stream)stream;
+  const bool fits = with_on_chip_form(p.dtype, p.key_dim, p.value_dim, [&](auto form) {
+    using F = decltype(form);
+    using Combine = Form<typename F::T, kTile, false>;
+    start(gau_fused_kernel<F>, pass, tasks * pass.segments * up(p.value_dim, F::kColumns), sizeof(Shared<F>), on);
+    if (parts) {
+      start(gau_combine_kernel<Combine>, pass, tasks * up(p.value_dim, kTile), sizeof(Shared<Combine>), on);
+    }
+  });
+  KX_CHECK(fits, "gau_attention: no room for so many dimensions on chip");
+}
+
 void cuda_backward(const Tensors& in, const Tensors& out, const Options& options, const Tensors& workspaces,
                    int64_t keys, int64_t panel, int device, intptr_t stream) {
   Pass pass{};
   pass.p = checked(in, out, options, true);
   const Problem& p = pass.p;
-  KX_CHECK(workspaces.size() == 6 && workspaces[0] && workspaces[1] && workspaces[2] && workspaces[3],
+  KX_CHECK(workspaces.size() == 6 && workspaces[0].has_value() == workspaces[1].has_value() && workspaces[2] &&
+               workspaces[3],
            "gau_attention: a workspace is missing");
   KX_CHECK(panel > 0 && panel % kTile == 0, "gau_attention: a panel is whole tiles");
   const auto data = [&](size_t i) { return workspaces[i] ? workspaces[i]->data : nullptr; };
@@ -81,20 +145,33 @@ void cuda_backward(const Tensors& in, const Tensors& out, const Options& options
   pass.diagonals = static_cast<float*>(data(5));
   pass.pitch = panel;
   pass.keys = static_cast<int>(panel);
-  pass.tiles = static_cast<int>(cuda_tiles(p.batch, p.queries, p.num_sequences, p.cu_seqlens != nullptr));
+  const bool packed = p.cu_seqlens != nullptr, on_chip = pass.scores == nullptr;
+  pass.tiles = static_cast<int>(cuda_tiles(p.batch, p.queries, p.num_sequences, packed));
+  pass.key_tiles =
+      static_cast<int>(packed ? cuda_tiles(1, p.keys, p.num_sequences, true) : p.num_sequences * (panel / kTile));
   KX_CHECK(pass.grad_queries != nullptr || keys <= panel, "gau_attention: several panels need their sums");
+  KX_CHECK(!on_chip || (keys <= panel && p.grad_bias == nullptr), "gau_attention: a bias, or panels, need workspaces");
   const DeviceGuard guard(device);
   const Stream on = (Stream)stream;
   with_forms(p.dtype, p.value_dim, [&](auto square, auto wide) {
     using Square = decltype(square);
     using Wide = decltype(wide);
+    const int64_t key_blocks = pass.key_tiles * p.kv_heads, query_blocks = pass.tiles * p.heads;
+    const int64_t slices = up(p.key_dim, kTile);
     start(gau_prepare_kernel<typename Square::T>, pass, up(p.batch * p.queries * p.heads, kWarps), 0, on);
-    const int64_t key_blocks = p.num_sequences * p.kv_heads * (panel / kTile), slices = up(p.key_dim, kTile);
+    if (on_chip) {
+      const size_t bytes = sizeof(Shared<Square>);
+      start(gau_fused_values_kernel<Square>, pass, key_blocks * up(p.value_dim, kValueSlices<Square> * kTile), bytes,
+            on);
+      start(gau_fused_keys_kernel<Square>, pass, key_blocks * slices, bytes, on);
+      start(gau_fused_queries_kernel<Square>, pass, query_blocks * slices, bytes, on);
+      return;
+    }
     for (pass.first = 0; pass.first == 0 || pass.first < keys; pass.first += panel) {
       pass.last = pass.first + panel >= keys;
-      start(gau_scores_kernel<Square, true>, pass, pass.tiles * p.heads * (panel / kTile), sizeof(Shared<Square>), on);
+      start(gau_scores_kernel<Square, true>, pass, query_blocks * (panel / kTile), sizeof(Shared<Square>), on);
       start(gau_values_kernel<Wide>, pass, key_blocks * up(p.value_dim, Wide::kColumns), sizeof(Shared<Wide>), on);
-      start(gau_rows_kernel<Square>, pass, (pass.tiles * p.heads + key_blocks) * slices, sizeof(Shared<Square>), on);
+      start(gau_rows_kernel<Square>, pass, (query_blocks + key_blocks) * slices, sizeof(Shared<Square>), on);
       if (p.grad_bias != nullptr) {
         start(gau_bias_kernel, pass, up(p.bias_heads * p.distances, kThreads), 0, on);
       }

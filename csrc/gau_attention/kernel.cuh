@@ -22,7 +22,7 @@ struct Pass {
                          // [B, n_q, heads, pitch]
   int64_t pitch;         // elements of a row
   int64_t first;         // forward the first of the tiles, else the first key, of each sequence
-  int tiles;             // forward of rows and heads, else of rows
+  int tiles, key_tiles;  // forward of rows and heads, else of rows and of keys
   int keys;              // of a panel; forward of a sequence, at most
   bool last;             // panel of the backward pass
 
@@ -34,10 +34,11 @@ struct Pass {
   float* diagonals;     // of b X, [tiles of rows, heads, tiles of keys, kDiagonals], or null
 };
 
-// The `id`-th tile of queries of all sequences; with `queries` 0 if there is none. All lanes of a warp call it.
-__device__ __forceinline__ Sequence tile_of_rows(const Problem& p, int id) {
-  if (p.cu_seqlens == nullptr) {
-    const int tiles = ceil_div(static_cast<int>(p.queries), kTile);
+// The `id`-th tile of all sequences, whose rows `ends` delimit, or of `rows` each; with `queries` and `keys` 0 if there
+// is none. All lanes of a warp call it.
+__device__ __forceinline__ Sequence tile_at(const Problem& p, const int32_t* ends, int64_t rows, int id) {
+  if (ends == nullptr) {
+    const int tiles = ceil_div(static_cast<int>(rows), kTile);
     Sequence s = sequence(p, id / tiles);
     s.first = id % tiles * kTile;
     return s;
@@ -45,7 +46,7 @@ __device__ __forceinline__ Sequence tile_of_rows(const Problem& p, int id) {
   const int lane = threadIdx.x % 32, sequences = static_cast<int>(p.num_sequences);
   for (int begin = 0; begin < sequences; begin += 32) {
     const int n = begin + lane;
-    const int tiles = n < sequences ? ceil_div(p.cu_seqlens[n + 1] - p.cu_seqlens[n], kTile) : 0;
+    const int tiles = n < sequences ? ceil_div(ends[n + 1] - ends[n], kTile) : 0;
     int end = tiles;  // of this lane's sequence, in tiles from that of lane 0 on
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
@@ -62,6 +63,9 @@ __device__ __forceinline__ Sequence tile_of_rows(const Problem& p, int id) {
     id -= __shfl_sync(0xffffffffu, end, 31);
   }
   return {};
+}
+__device__ __forceinline__ Sequence tile_of_rows(const Problem& p, int id) {
+  return tile_at(p, p.cu_seqlens, p.queries, id);
 }
 
 __device__ __forceinline__ float out_factor(const Problem& p, const Sequence& s, int64_t row, float sum) {
@@ -111,6 +115,18 @@ __device__ __forceinline__ void make_scores(const Pass& pass, Shared<F>& shared,
   }
 }
 
+// A slice of the output from what is staged, and the sums of rows, which shared.own are.
+template <class F>
+__device__ __forceinline__ void finish_out(Block<F>& block, const Problem& p, const Sequence& s, int head, int slice) {
+  const float* const sums = block.shared.own;
+  write_outputs(block, p, s, head, slice * F::kColumns,
+                [&](int i, int64_t row) { return out_factor(p, s, row, p.by_sum ? sums[i] : 0); });
+  for (int i = block.thread; p.by_sum && slice == 0 && i < s.count(); i += kThreads) {
+    const int64_t row = static_cast<int64_t>(s.query_row) + s.first + i;
+    static_cast<float*>(p.sums)[(s.batch * p.queries + row) * p.heads + head] = sums[i];
+  }
+}
+
 // kTile rows and kColumns columns of the output.
 template <class F>
 __device__ __forceinline__ void make_out(const Pass& pass, Shared<F>& shared, int id) {
@@ -156,14 +172,7 @@ __device__ __forceinline__ void make_out(const Pass& pass, Shared<F>& shared, in
     }
   }
   block.stage(d);
-  write_outputs(block, p, s, head, first_column,
-                [&](int i, int64_t row) { return out_factor(p, s, row, p.by_sum ? shared.own[i] : 0); });
-  if (p.by_sum && slice == 0) {
-    for (int i = thread; i < s.count(); i += kThreads) {
-      const int64_t row = static_cast<int64_t>(s.query_row) + s.first + i;
-      static_cast<float*>(p.sums)[(s.batch * p.queries + row) * heads + head] = shared.own[i];
-    }
-  }
+  finish_out(block, p, s, head, slice);
 }
 
 // One row to a warp: G, δ and the gradient of the gate.
@@ -209,16 +218,25 @@ __device__ __forceinline__ void make_key_gradients(const Pass& pass, Shared<F>& 
                   [](int, float x) { return x; });
 }
 
-// Which keys and columns a block has, of `slices`: the sequence, the head and a tile of the panel's keys.
+// Which keys and columns a block has, of `slices`: a tile of a sequence's keys, and the head.
 struct KeyBlock {
   Sequence s;
   int kv_head, key, slice;
+
+  // Whether the tile is of the panel.
+  __device__ __forceinline__ bool in(const Pass& pass) const {
+    return key < s.keys && key >= pass.first && key < pass.first + pass.keys;
+  }
 };
 __device__ __forceinline__ KeyBlock key_block(const Pass& pass, int slices, int id) {
-  const int tiles = ceil_div(pass.keys, kTile), kv_heads = static_cast<int>(pass.p.kv_heads);
-  const int slice = id % slices, tile = id / slices % tiles, kv_head = id / slices / tiles % kv_heads;
-  return {sequence(pass.p, id / slices / tiles / kv_heads), kv_head, static_cast<int>(pass.first) + tile * kTile,
-          slice};
+  const Problem& p = pass.p;
+  const int kv_heads = static_cast<int>(p.kv_heads), tiles = ceil_div(pass.keys, kTile);
+  const int slice = id % slices, kv_head = id / slices % kv_heads, tile = id / slices / kv_heads;
+  if (p.cu_seqlens_k == nullptr) {
+    return {sequence(p, tile / tiles), kv_head, static_cast<int>(pass.first) + tile % tiles * kTile, slice};
+  }
+  const Sequence s = tile_at(p, p.cu_seqlens_k, p.keys, tile);
+  return {s, kv_head, s.first, slice};
 }
 
 template <class F>
@@ -227,7 +245,7 @@ __device__ __forceinline__ void make_value_gradients(const Pass& pass, Shared<F>
   const Problem& p = pass.p;
   const int dim = static_cast<int>(p.value_dim);
   const KeyBlock b = key_block(pass, ceil_div(dim, F::kColumns), id);
-  if (b.key < b.s.keys) {
+  if (b.in(pass)) {
     make_key_gradients<F>(pass, shared, b.s, b.kv_head, b.key, b.slice, pass.scores, dim, p.grad_v,
                           [&](int head) { return own_rows<E>(p, pass.g, pass.g_pitch, b.s, head, dim); });
   }
@@ -286,7 +304,7 @@ __device__ __forceinline__ void make_row_gradients(const Pass& pass, Shared<F>& 
     return make_query_gradients(pass, shared, id);
   }
   const KeyBlock b = key_block(pass, slices, id - of_queries);
-  if (b.key < b.s.keys) {
+  if (b.in(pass)) {
     make_key_gradients<F>(pass, shared, b.s, b.kv_head, b.key, b.slice, pass.grads, p.key_dim, p.grad_k,
                           [&](int head) { return queries_of<T>(p, p.q, b.s, head, p.key_dim); });
   }

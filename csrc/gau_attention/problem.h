@@ -50,12 +50,19 @@ void cpu_backward(const Tensors& in, const Tensors& out, const Options& options,
 // Rows, and keys, that a block has at once: sizes of the workspace are multiples of it.
 constexpr int kCudaTile = 128;
 
-// As cpu, in passes over as many rows as `scores` has room for. `keys`: those of the longest sequence. Workspaces are
-// of float32, for bfloat16 of bfloat16.
+// As cpu, in passes over as many rows as `scores` has room for. `keys`: those of the longest sequence, at most.
+// Workspaces are of float32, for bfloat16 of bfloat16.
 void cuda(const Tensors& in, const Tensors& out, const Options& options, const Tensor& scores, int64_t keys, int device,
           intptr_t stream);
-// As cpu_backward, in passes over `panel` keys of each sequence at a time. Workspaces: `scores` and `grads`
-// [B, n_q, heads, panel], g [B, n_q, heads, value_dim or more], and of float32 `shift` [B, n_q, heads], `grad_queries`
+// As cpu, on chip. `parts` of float32, [segments, B, n_q, heads, value_dim or more], and [segments, B, n_q, heads] are
+// for sums over `segment` keys at a time, whole tiles; null if all keys are one.
+void cuda_fused(const Tensors& in, const Tensors& out, const Options& options, const std::optional<Tensor>& parts,
+                const std::optional<Tensor>& part_sums, int64_t segment, int device, intptr_t stream);
+// Columns of the values that a block has there, or 0 where it has no room.
+int64_t cuda_fused_columns(int dtype, int64_t key_dim, int64_t value_dim, int device);
+// As cpu_backward, in passes over `panel` keys of each sequence at a time, of which the longest has `keys` at most.
+// Workspaces: `scores` and `grads` [B, n_q, heads, panel], or null for all on chip, where one panel has all keys and
+// there is no bias; g [B, n_q, heads, value_dim or more], and of float32 `shift` [B, n_q, heads], `grad_queries`
 // [B, n_q, heads, key_dim], for more than one panel, and `diagonals` [tiles of rows, heads, tiles of the panel, 256],
 // for a bias.
 void cuda_backward(const Tensors& in, const Tensors& out, const Options& options, const Tensors& workspaces,

@@ -12,24 +12,35 @@
 namespace kx::gau_attention {
 namespace {
 
+constexpr uint64_t kSchedules = emulation::kInstrumented ? 1 : 2;  // races are found under any
+
 void run(int64_t number) {
   Random random(static_cast<uint64_t>(number));
   Buffers memory(random);
-  // Few problems have every dtype, and bfloat16 with and without wgmma.
+  // Eight problems have every dtype, bfloat16 with and without wgmma, each forward on chip and in panels, and of
+  // bfloat16 a packed sequence of several tiles, which is on chip backward too.
   const DType dtypes[] = {DType::kBFloat16, DType::kFloat16, DType::kBFloat16, DType::kFloat32};
   const DType dtype = dtypes[number % 4], operand = dtype == DType::kBFloat16 ? dtype : DType::kFloat32;
+  const bool wide = number % 2 == 0;  // the form for wide values is bfloat16's
+  const bool fused = number % 8 < 4, tall = fused && wide;
   emulation::set_wgmma(number % 4 == 2);
-  const bool packed = draw(random, 0, 2) == 0, causal = toss(random), by_sum = toss(random);
-  const int64_t kv_heads = draw(random, 1, 2), heads = kv_heads * draw(random, 1, 2);
-  const bool wide = number % 4 == 0 || number % 4 == 2;  // the form for wide values is bfloat16's
-  const int64_t key_dim = draw(random, 1, 70), value_dim = draw(random, wide ? 129 : 1, wide ? 270 : 100);
-  const int64_t queries = draw(random, 0, 140), keys = packed ? queries : draw(random, 0, 140);
+  const bool packed = tall || draw(random, 0, 2) == 0, causal = toss(random), by_sum = toss(random);
+  const int64_t kv_heads = tall ? 1 : draw(random, 1, 2), heads = kv_heads * draw(random, 1, tall ? 1 : 2);
+  const int64_t key_dim = draw(random, tall ? 65 : 1, tall ? 90 : 70);
+  const int64_t value_dim = draw(random, wide ? 129 : 1, wide ? 270 : 100);
+  const int64_t queries = tall ? draw(random, 140, 150) : draw(random, 0, 140);
+  const int64_t keys = packed ? queries : draw(random, 0, 140);
   const int64_t batch = packed ? 1 : draw(random, 1, 2);
   std::vector<int32_t> ends{0};
-  int64_t longest = packed ? 0 : keys;
+  if (tall) {
+    ends = {0, 3, 3, static_cast<int32_t>(queries - 2)};
+  }
   while (packed && ends.back() < queries) {
     ends.push_back(static_cast<int32_t>(draw(random, ends.back(), queries)));
-    longest = std::max<int64_t>(longest, ends.back() - ends[ends.size() - 2]);
+  }
+  int64_t longest = packed ? 0 : keys;
+  for (size_t i = 1; i < ends.size(); ++i) {
+    longest = std::max<int64_t>(longest, ends[i] - ends[i - 1]);
   }
   const int64_t sequences = packed ? static_cast<int64_t>(ends.size()) - 1 : batch;
   const Sizes q_size{batch, queries, heads, key_dim}, k_size{batch, keys, kv_heads, key_dim},
@@ -39,7 +50,7 @@ void run(int64_t number) {
   in[0] = memory.normal(dtype, q_size);
   in[1] = memory.normal(dtype, k_size);
   in[2] = memory.normal(dtype, v_size);
-  const bool gated = toss(random), biased = toss(random);
+  const bool gated = toss(random), biased = !tall && toss(random);
   if (gated) {
     in[3] = memory.normal(dtype, o_size);
   }
@@ -76,11 +87,22 @@ void run(int64_t number) {
   const int64_t tiles = cuda_tiles(batch, queries, sequences, packed);
   const int64_t pitch = std::max<int64_t>(1, (longest + kCudaTile - 1) / kCudaTile) * kCudaTile;
   const int64_t room = std::max<int64_t>(1, toss(random) ? 1 : tiles * heads);
+  const bool cut = fused && toss(random);  // keys, into segments
+  const int64_t segments = (keys + kCudaTile - 1) / kCudaTile;
   std::string first;
-  for (uint64_t schedule = 0; schedule < 2; ++schedule) {
+  for (uint64_t schedule = 0; schedule < kSchedules; ++schedule) {
     emulation::set_seed(static_cast<uint64_t>(number) + schedule);
     results_for(out);
-    cuda(in, out, options, memory.empty(operand, {room * kCudaTile * pitch}), longest, 0, 0);
+    if (fused) {
+      const auto parts = [&](const Sizes& size) {
+        return cut ? std::optional(memory.empty(DType::kFloat32, size)) : std::nullopt;
+      };
+      cuda_fused(in, out, options, parts({segments, batch, queries, heads, (value_dim + 3) / 4 * 4}),
+                 parts({segments, batch, queries, heads}), kCudaTile * (cut ? 1 : std::max<int64_t>(segments, 1)), 0,
+                 0);
+    } else {
+      cuda(in, out, options, memory.empty(operand, {room * kCudaTile * pitch}), longest, 0, 0);
+    }
     expect_written(out, number);
     expect_same(first, bytes_of(out), number);
   }
@@ -106,14 +128,18 @@ void run(int64_t number) {
     }
     return gradients;
   };
-  const int64_t panel = toss(random) ? kCudaTile : pitch, g_pitch = (value_dim + 7) / 8 * 8;
+  const bool on_chip = packed && !biased && fused;
+  const int64_t panel = !on_chip && toss(random) ? kCudaTile : pitch, g_pitch = (value_dim + 7) / 8 * 8;
   first.clear();
-  for (uint64_t schedule = 0; schedule < 2; ++schedule) {
+  for (uint64_t schedule = 0; schedule < kSchedules; ++schedule) {
     emulation::set_seed(static_cast<uint64_t>(number) + schedule);
     Tensors gradients = gradients_for();
+    const auto panels = [&] {
+      return on_chip ? std::nullopt : std::optional(memory.empty(operand, {batch, queries, heads, panel}));
+    };
     const Tensors workspaces{
-        memory.empty(operand, {batch, queries, heads, panel}),
-        memory.empty(operand, {batch, queries, heads, panel}),
+        panels(),
+        panels(),
         memory.empty(operand, {batch, queries, heads, g_pitch}),
         memory.empty(DType::kFloat32, rows),
         memory.empty(DType::kFloat32, q_size),

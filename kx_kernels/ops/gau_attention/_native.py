@@ -11,6 +11,11 @@ from torch import Tensor
 from ..._core import native
 from ._problem import GauProblem, Gradients, Results, empty_gradients, empty_results
 
+# Scores are made again for each slice of the values, rather than kept in a panel (README.md, CUDA):
+ON_CHIP_SLICES = 2  # for so many at most,
+ON_CHIP_KEYS = 512  # and where products cost no more than bytes.
+LEAST_SEGMENT = 256  # keys that a block sums over, where they are cut at all
+
 
 def cpu_unsupported(p: GauProblem) -> str | None:
     return native.cpu_unsupported(p.device)
@@ -72,10 +77,9 @@ def _fits(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _longest(p: GauProblem) -> int:
-    """Keys of the longest sequence. For packed ones this waits for the GPU."""
-    if p.cu_seqlens_k is None:
-        return p.k.shape[1]
-    return max([0, *p.cu_seqlens_k.diff().tolist()])
+    """Keys of the longest sequence, at most: of packed ones only the GPU knows more than how far their bias reaches."""
+    n_k = p.k.shape[1]
+    return n_k if p.cu_seqlens is None or p.bias is None else min(n_k, p.bias.shape[1] // 2 + 1)
 
 
 def _tiles(p: GauProblem) -> int:
@@ -94,17 +98,66 @@ def _up(n: int, unit: int) -> int:
     return -(-n // unit) * unit
 
 
+@functools.cache
+def _fused_columns(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> int:
+    """Columns of the values that a block on chip has, or 0 where it has no room."""
+    code = native.DTYPE_CODES[dtype]
+    return _cuda(device).gau_attention_cuda_fused_columns(code, key_dim, value_dim, device.index or 0)
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+def _slices_on_chip(p: GauProblem, room: int) -> int:
+    """Into how many slices values are cut where each makes its scores again, or 0 where panels of `room` tiles have
+    them."""
+    n_q, n_k, s, e = p.q.shape[1], p.k.shape[1], p.q.shape[3], p.v.shape[3]
+    columns = _fused_columns(p.device, p.q.dtype, s, e)
+    if columns == 0:
+        return 0
+    slices = -(-e // columns)
+    few = slices <= ON_CHIP_SLICES or n_k <= ON_CHIP_KEYS or n_q <= _cuda(p.device).gau_attention_cuda_tile
+    idle = room * slices * (slices * s + e) < _processors(p.device) * (s + e)  # more than is made again
+    return slices if few or idle or p.cu_seqlens is not None else 0
+
+
+def _segment(p: GauProblem, slices: int) -> int:
+    """How many keys a block sums over: fewer than all where there are too few blocks for the processors."""
+    n_k = max(1, p.k.shape[1])
+    blocks = max(1, _tiles(p) * p.q.shape[2] * slices)
+    segments = 1 if blocks >= _processors(p.device) else 2 * _processors(p.device) // blocks
+    part = 4 * p.q[..., 0].numel() * (_up(p.v.shape[3], 4) + 1)
+    segments = max(1, min(segments, n_k // LEAST_SEGMENT, p.workspace // max(1, part)))
+    return _up(-(-n_k // segments), _cuda(p.device).gau_attention_cuda_tile)
+
+
+def _run_fused(p: GauProblem, slices: int, results: Results) -> None:
+    segment = _segment(p, slices)
+    rows = (-(-p.k.shape[1] // segment), *p.q.shape[:3])
+    parts = sums = None
+    if rows[0] > 1:
+        parts = p.q.new_empty((*rows, _up(p.v.shape[3], 4)), dtype=torch.float32)
+        sums = p.q.new_empty(rows, dtype=torch.float32)
+    inputs = _inputs(p)  # alive until the launch
+    arguments = (_raw(*inputs), _raw(*results), _options(p), *_raw(parts, sums), segment)
+    native.launch("gau_attention_cuda_fused", p.device, *arguments)
+
+
 def run_cuda(p: GauProblem) -> Results:
     results = empty_results(p)
     if p.cu_seqlens is not None:
         for x in results:  # rows of no sequence
             if x is not None:
                 x.zero_()
-    tile, keys = _cuda(p.device).gau_attention_cuda_tile, _longest(p)
+    tile, keys, dtype = _cuda(p.device).gau_attention_cuda_tile, _longest(p), _operands(p)
     size = tile * max(tile, _up(keys, tile))
-    dtype = _operands(p)
-    count = max(1, min(_tiles(p) * p.q.shape[2], p.workspace // (size * dtype.itemsize)))
-    scores = p.q.new_empty(count * size, dtype=dtype)
+    room = p.workspace // (size * dtype.itemsize)
+    slices = _slices_on_chip(p, room)
+    if slices > 0:
+        _run_fused(p, slices, results)
+        return results
+    scores = p.q.new_empty(max(1, min(_tiles(p) * p.q.shape[2], room)) * size, dtype=dtype)
     inputs = _inputs(p)  # alive until the launch
     arguments = (_raw(*inputs), _raw(*results), _options(p), native.raw(scores), keys)
     native.launch("gau_attention_cuda", p.device, *arguments)
@@ -120,12 +173,14 @@ def run_cuda_backward(p: GauProblem, results: Results, grad_o: Tensor) -> Gradie
     tile, keys, dtype = _cuda(p.device).gau_attention_cuda_tile, _longest(p), _operands(p)
     rows = p.q.shape[:3]
     column = 2 * p.q[..., 0].numel() * tile * dtype.itemsize  # a tile of keys, of both workspaces
-    panel = tile * max(1, min(_up(keys, tile) // tile, p.workspace // max(1, column)))
+    most = max(1, _up(keys, tile) // tile)
+    panel = tile * max(1, min(most, p.workspace // max(1, column)))
+    on_chip = p.cu_seqlens is not None and bias is None and panel < keys  # where most panels might find no key
+    panel = tile * most if on_chip else panel
     values = _up(p.v.shape[3], 16 // dtype.itemsize)
     tiles = _tiles(p) * p.q.shape[2] * (panel // tile)
     workspaces = (
-        p.q.new_empty((*rows, panel), dtype=dtype),
-        p.q.new_empty((*rows, panel), dtype=dtype),
+        *(None if on_chip else p.q.new_empty((*rows, panel), dtype=dtype) for _ in range(2)),
         p.q.new_empty((*rows, values), dtype=dtype),
         p.q.new_empty(rows, dtype=torch.float32),
         None if keys <= panel else p.q.new_empty(p.q.shape, dtype=torch.float32),

@@ -182,6 +182,10 @@ CASES = {
     "n127": replace(PLAIN, batch=1, queries=127, causal=True),
     "n128": replace(PLAIN, batch=1, queries=128),
     "n129": replace(PLAIN, batch=1, queries=129, causal=True),
+    # Heads too wide for scores on chip; and a cache so long that its keys are cut into segments.
+    "s130": replace(PLAIN, key_dim=130, queries=130, keys=140, batch=1, causal=True),
+    "s130_packed": replace(PLAIN, key_dim=130, lengths=(3, 0, 130), normalizer="sum"),
+    "cache": replace(PLAIN, queries=3, keys=520, padding="left", bias="shared", normalizer="sum", causal=True),
     "s32": replace(PLAIN, key_dim=32, value_dim=64, queries=20),
     "s64": replace(PLAIN, key_dim=64, value_dim=512, queries=20, batch=1),
     "s128": replace(PLAIN, key_dim=128, value_dim=768, queries=20, batch=1),
@@ -331,6 +335,13 @@ SPEC = OpSpec(
     passes=passes,
     promises=(
         KernelPromise("cuda", "prepare|bias"),
+        KernelPromise("cuda", "combine", shared=68 << 10),
+        KernelPromise(
+            "cuda", "gau_fused.* float32", tensor_core=True, async_copies=True, shared=142 << 10, may_spill=True
+        ),
+        KernelPromise("cuda", "gau_fused_kernel float16", tensor_core=True, shared=142 << 10),  # converted on the way
+        KernelPromise("cuda", "gau_fused_kernel bfloat16 256 1", tensor_core=True, async_copies=True, shared=178 << 10),
+        KernelPromise("cuda", "gau_fused_kernel", tensor_core=True, async_copies=True, shared=140 << 10),
         KernelPromise(  # six registers
             "cuda", "scores_kernel float32", tensor_core=True, async_copies=True, shared=76 << 10, may_spill=True
         ),
