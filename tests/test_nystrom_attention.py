@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kx_kernels as kx
-from kx_kernels.ops.nystrom_attention.presets import CONVENTIONS
+from kx_kernels.ops.nystrom_attention.presets import CONVENTIONS, lay_out
 from kx_kernels.ops.nystrom_attention.reference import nystrom_attention as reference
 from kx_kernels.ops.nystrom_attention.spec import SPEC
 from kx_kernels.testing.budget import Pair, assert_within_budget
@@ -121,6 +121,13 @@ def test_segments_differ_by_at_most_one_token(lane: Any) -> None:
     for name in ("valid", "xformers"):
         o = attend(q, k, v, num_landmarks=8, pinv_iterations=0, landmarks=name, backend=lane.backend)
         torch.testing.assert_close(o, expected)
+
+
+def test_three_names_of_one_table() -> None:
+    """Which is why the contract has cases of one of them."""
+    x, mask = torch.zeros(2, 43, 1, 1), torch.arange(43).expand(2, 43) % 3 > 0
+    tables = [lay_out(name, x, mask, None, 8, torch.float32) for name in ("mlpen", "huggingface", "xformers")]
+    assert all(same_bits(a, b) for other in tables[1:] for a, b in zip(tables[0], other, strict=True))
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 6, 13, 20])

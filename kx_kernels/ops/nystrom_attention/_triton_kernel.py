@@ -572,7 +572,7 @@ def nystrom_queries_kernel(
     _store(sums + M * E, 0, i, k_dims, grad_keys, M, D)
 
 
-@triton.jit(do_not_specialize=["length", "heads", "parts", "span", "numbers"])
+@triton.jit(do_not_specialize=["length", "heads", "parts", "span"])
 def nystrom_sum_kernel(
     x_ptr, also_ptr, out_ptr, ends_ptr, length, heads, parts, span, numbers, scale: tl.float64, BLOCK: tl.constexpr,
     ACC: tl.constexpr,
