@@ -121,7 +121,7 @@ def test_bytes_grow_with_the_length_by_what_is_read_and_written() -> None:
 
 
 def test_products_grow_as_the_length() -> None:
-    """Of tiles of 128 rows: by as much from 256 to 512 as from 512 to 1024."""
+    """By as much from 256 rows to 512 as from 512 to 1024."""
     for a, b, c in zip(*(passes(replace(EVEN, queries=n)) for n in (256, 512, 1024)), strict=True):
         assert 2 * (b.dot_flops - a.dot_flops) == c.dot_flops - b.dot_flops
 

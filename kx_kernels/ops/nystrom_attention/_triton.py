@@ -31,7 +31,8 @@ class Sizes(NamedTuple):
 def _sizes(p: NystromProblem) -> Sizes:
     """Read from the machine code for sm_80, sm_90a and sm_100a: no spills for m = 64 and D = 64 in bfloat16."""
     if triton.interpreted():  # whose time goes by operations, not by numbers
-        return Sizes(4096, 128, 128, 1024, 1024, 1 << 18, 1 << 17, 256, 4)
+        rows = triton.block(max(p.q.shape[1], p.k.shape[1]), 256)
+        return Sizes(4096, rows, rows, 1024, 1024, 1 << 18, 1 << 17, 256, 4)
     large, wide = p.divisors_q.shape[1] > 64, p.q.element_size() > 2
     rows, numbers = (16, 2048) if wide else (32, 4096)
     out_rows, warps = rows if large or wide else 64, 8 if large else 4
