@@ -22,7 +22,7 @@ class Sizes(NamedTuple):
     out_rows: int  # of one of outputs
     numbers: int  # of landmarks at hand, and of their sums
     shallow: int  # numbers where there are two sums of gradients
-    pooled: int  # of a tile of the means
+    pooled: int  # of a tile of the means, and of rows of a matrix
     summed: int  # that a program adds of parts
     tile: int  # of matrices
     warps: int
@@ -31,7 +31,8 @@ class Sizes(NamedTuple):
 def _sizes(p: NystromProblem) -> Sizes:
     """Read from the machine code for sm_80, sm_90a and sm_100a: no spills for m = 64 and D = 64 in bfloat16."""
     if triton.interpreted():  # whose time goes by operations, not by numbers
-        return Sizes(4096, 128, 128, 1 << 16, 1 << 16, 1 << 18, 1 << 17, 256, 4)
+        rows = triton.block(max(p.q.shape[1], p.k.shape[1]), 256)
+        return Sizes(4096, rows, rows, 1024, 1024, 1 << 18, 1 << 17, 256, 4)
     large, wide = p.divisors_q.shape[1] > 64, p.q.element_size() > 2
     rows, numbers = (16, 2048) if wide else (32, 4096)
     out_rows, warps = rows if large or wide else 64, 8 if large else 4
@@ -124,7 +125,7 @@ class Launch:
             "ridge": p.ridge,
             **self.landmarks,
             **self.dims,
-            "ROWS": min(_whole(self.m), max(1, sizes.numbers // _whole(self.m))),
+            "ROWS": min(_whole(self.m), max(1, sizes.pooled // _whole(self.m))),
             "TILE": min(_whole(self.m), sizes.tile),
             **self.exact,
             "num_warps": 8,
@@ -399,9 +400,10 @@ def _sum(launch: Launch, parts: Parts, length: int, x: Tensor, also: Tensor | No
     """out = scale·(the sums of what parts x [places, numbers] have, and another tensor)."""
     from ._triton_kernel import nystrom_sum_kernel
 
+    block = min(triton.power_of_two(x.shape[1]), launch.sizes.summed)
     triton.launch(
         nystrom_sum_kernel,
-        launch.units * -(-x.shape[1] // launch.sizes.summed),
+        launch.units * -(-x.shape[1] // block),
         **launch.parts(parts),
         x_ptr=x,
         also_ptr=also,
@@ -409,7 +411,7 @@ def _sum(launch: Launch, parts: Parts, length: int, x: Tensor, also: Tensor | No
         length=length,
         numbers=x.shape[1],
         scale=scale,
-        BLOCK=launch.sizes.summed,
+        BLOCK=block,
         ACC=launch.how["ACC"],
         num_warps=4,
     )

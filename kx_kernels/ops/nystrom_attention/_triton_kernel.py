@@ -240,15 +240,8 @@ def nystrom_combine_kernel(
     values /= total[:, None]
     divisors = tl.load(divisors_k_ptr + n * M + i, mask=i < M, other=0)
     alive = divisors != 0
-    _store(
-        landmarks_k_ptr,
-        unit,
-        i,
-        k_dims,
-        tl.where(alive[:, None], keys / tl.where(alive, divisors, 1)[:, None], 0),
-        M,
-        D,
-    )
+    keys = tl.where(alive[:, None], keys / tl.where(alive, divisors, 1)[:, None], 0)
+    _store(landmarks_k_ptr, unit, i, k_dims, keys, M, D)
     _store(summary_ptr, unit, i, v_dims, values, M, E)
     _store(weighted_ptr, unit, i, v_dims, values, M, E)  # of which Z makes another one, if there is one
     if part == 0:
@@ -572,7 +565,7 @@ def nystrom_queries_kernel(
     _store(sums + M * E, 0, i, k_dims, grad_keys, M, D)
 
 
-@triton.jit(do_not_specialize=["length", "heads", "parts", "span", "numbers"])
+@triton.jit(do_not_specialize=["length", "heads", "parts", "span"])
 def nystrom_sum_kernel(
     x_ptr, also_ptr, out_ptr, ends_ptr, length, heads, parts, span, numbers, scale: tl.float64, BLOCK: tl.constexpr,
     ACC: tl.constexpr,
