@@ -14,6 +14,7 @@ from torch import Tensor
 from ..._core.spec import BadCall, Call, KernelPromise, OpSpec
 from ._problem import NystromProblem
 from .api import nystrom_attention
+from .presets import CONVENTIONS
 from .reference import nystrom_attention as reference
 
 
@@ -111,8 +112,8 @@ CASES = {
     "plain": PLAIN,
     "original": replace(PLAIN, init="original"),
     "pinv": replace(PLAIN, init="pinv", size=4.0),
-    **{f"iterations_{n}": replace(SHORT, iterations=n) for n in (0, 12)},
-    **{f"as_{name}": replace(SHORT, convention=name, queries=43) for name in ("mlpen", "lucidrains")},
+    **{f"iterations_{n}": replace(SHORT, iterations=n) for n in (0, 1, 12, 20)},
+    **{f"as_{name}": replace(SHORT, convention=name, queries=43) for name in CONVENTIONS[1:]},
     **{
         f"padded_as_{name}": replace(TWO_HEADS, convention=name, batch=2, padding="blocks", conv=3)
         for name in ("mlpen", "lucidrains")
@@ -181,9 +182,8 @@ CASES = {
     "n65": replace(SHORT, queries=65),
     "n130": replace(SHORT, queries=130),
     "m1": replace(SHORT, landmarks=1),
-    "m33": replace(SHORT, landmarks=33, queries=140),
-    "m100": replace(SHORT, landmarks=100, queries=140),
-    "m256": replace(SHORT, landmarks=256, queries=270),
+    **{f"m{m}": replace(PLAIN, landmarks=m, queries=140, batch=1, heads=1) for m in (16, 30, 33, 48, 64, 100, 128)},
+    "m256": replace(PLAIN, landmarks=256, queries=270, batch=1, heads=1),
     "d64": replace(SHORT, dim=64, value_dim=64),
     "d256": replace(SHORT, dim=256, value_dim=200),
     "d1": replace(SHORT, dim=1, value_dim=1),
