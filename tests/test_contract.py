@@ -129,7 +129,8 @@ def test_deterministic(lane, spec: OpSpec, case: str) -> None:
     serves(lane, spec)
     call = spec.call(case, torch.float32, lane.device)
     first = flat(spec.function(**call, backend=lane.backend))
-    for seed in range(1, 4):  # another schedule, where the lane has one
+    turn = 1 + list(spec.cases).index(case) % 3
+    for seed in (turn,) if lane.slow else (1, 2, 3):  # another schedule, where the lane has one
         with lane.ready(seed):
             again = flat(spec.function(**call, backend=lane.backend))
         for a, b in zip(first, again, strict=True):
@@ -198,6 +199,8 @@ def test_wrong_arguments_are_named(spec: OpSpec, bad: Any) -> None:
 def test_compiled_equals_eager(lane, spec: OpSpec, dynamic: bool) -> None:
     """No graph break; the same bits, forward and backward. What follows tracing is the same for every backend."""
     serves(lane, spec)
+    if dynamic and lane.slow:
+        pytest.skip("takes long: shapes are traced before a backend is asked")
     torch.compiler.reset()
     compiler = "inductor" if lane.backend == "cpu" else "aot_eager"
     compiled = torch.compile(spec.function, fullgraph=True, dynamic=dynamic, backend=compiler)
