@@ -328,6 +328,29 @@ __global__ void pack_kernel(unsigned* out) {
   out[4] = to_tf32(1.0f + 0x1p-12f);
 }
 
+__global__ void approximation_kernel(const float* x, float* power, float* reciprocal) {
+  const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+  power[i] = exp2_approx(x[i]);
+  reciprocal[i] = reciprocal_approx(x[i]);
+}
+
+void test_approximations() {
+  std::vector<float> x(512);
+  for (size_t i = 0; i < x.size(); ++i) {
+    x[i] = (static_cast<float>(i) - 255.5f) * 0.6180339f;  // past all that a float holds the power of
+  }
+  Buffer<float> from(x), power(x.size()), reciprocal(x.size());
+  launch(approximation_kernel, {2, 256}, from.data(), power.data(), reciprocal.data());
+  finish();
+  const std::vector<float> powers = power.values(), reciprocals = reciprocal.values();
+  for (size_t i = 0; i < x.size(); ++i) {
+    const double exact = std::exp2(static_cast<double>(x[i])), inverse = 1 / static_cast<double>(x[i]);
+    const bool fits = x[i] >= -126 && x[i] < 128;
+    KX_EXPECT(fits ? std::abs(powers[i] - exact) <= 0x1p-21 * exact : powers[i] == (x[i] < 0 ? 0 : INFINITY));
+    KX_EXPECT(std::abs(reciprocals[i] - inverse) <= 0x1p-22 * std::abs(inverse));
+  }
+}
+
 // What a 16-bit pattern is worth, by the definition of the formats.
 double worth(unsigned pattern, int exponent_bits) {
   const int fraction_bits = 15 - exponent_bits, bias = (1 << (exponent_bits - 1)) - 1;
@@ -1281,6 +1304,7 @@ void test_everything(int capability) {
   test_conversion<bfloat16>(8);
   test_conversion<float16>(5);
   test_packing();
+  test_approximations();
   test_mma<bfloat16>();
   test_mma<float16>();
   test_mma<float>();

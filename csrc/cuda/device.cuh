@@ -35,12 +35,26 @@ inline float mul_rn(float a, float b) { return a * b; }
 inline double mul_rn(double a, double b) { return a * b; }
 inline float fma_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline double fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
+inline float exp2_approx(float x) { return x < -126 ? 0 : std::exp2(x); }
+inline float reciprocal_approx(float x) { return std::abs(x) > 0x1p126f ? std::copysign(0.0f, x) : 1 / x; }
 #else
 // Products and sums that the compiler neither fuses nor splits.
 __device__ inline float mul_rn(float a, float b) { return __fmul_rn(a, b); }
 __device__ inline double mul_rn(double a, double b) { return __dmul_rn(a, b); }
 __device__ inline float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ inline double fma_rn(double a, double b, double c) { return __fma_rn(a, b, c); }
+
+// By one instruction each, to 22 bits, and 0 where the result is no normal number.
+__device__ inline float exp2_approx(float x) {
+  float y = 0;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ inline float reciprocal_approx(float x) {
+  float y = 0;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 // A pointer into shared memory as the 32-bit number that PTX takes.
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }

@@ -113,6 +113,12 @@ struct ClusterBarrier : Waitable {
 
 struct Cluster::Barrier : ClusterBarrier {};
 
+namespace {
+
+bool less_urgent(const Thread* a, const Thread* b) { return a->priority < b->priority; }
+
+}  // namespace
+
 Cluster::Cluster(Dim3 grid, Dim3 first, Dim3 shape, Dim3 block_size, size_t shared_bytes, uint64_t seed,
                  Checker& checker)
     : grid(grid),
@@ -122,7 +128,8 @@ Cluster::Cluster(Dim3 grid, Dim3 first, Dim3 shape, Dim3 block_size, size_t shar
       threads(size_t{shape.count()} * block_size.count()),
       barrier_(std::make_unique<Barrier>()),
       random_(seed),
-      seed_(seed) {
+      seed_(seed),
+      by_priority_(seed != 0 && seed % 2 == 0) {
   const unsigned per_block = block_size.count();
   checker.next_cluster((first.z * grid.y + first.y) * grid.x + first.x, per_block);
   blocks.reserve(shape.count());
@@ -148,6 +155,9 @@ Cluster::Cluster(Dim3 grid, Dim3 first, Dim3 shape, Dim3 block_size, size_t shar
   if (seed_ != 0) {
     timing_ = std::array{Timing::kLate, Timing::kRandom, Timing::kEarly}[seed_ % 3];
     std::shuffle(ready_.begin(), ready_.end(), random_);
+  }
+  if (by_priority_) {
+    std::make_heap(ready_.begin(), ready_.end(), less_urgent);
   }
 }
 
@@ -242,16 +252,25 @@ Thread* Cluster::pick() {
   if (ready_.empty()) {
     return nullptr;
   }
-  if (seed_ % 2 == 1) {
+  if (by_priority_) {
+    std::pop_heap(ready_.begin(), ready_.end(), less_urgent);
+    Thread* const thread = ready_.back();
+    ready_.pop_back();
+    return thread;
+  }
+  if (seed_ != 0) {
     std::swap(ready_.front(), ready_[random(ready_.size())]);
-  } else if (seed_ != 0) {
-    std::iter_swap(ready_.begin(), std::max_element(ready_.begin(), ready_.end(), [](const Thread* a, const Thread* b) {
-                     return a->priority < b->priority;
-                   }));
   }
   Thread* const thread = ready_.front();
   ready_.pop_front();
   return thread;
+}
+
+void Cluster::add_ready(Thread& thread) {
+  ready_.push_back(&thread);
+  if (by_priority_) {
+    std::push_heap(ready_.begin(), ready_.end(), less_urgent);
+  }
 }
 
 void Cluster::later(std::function<void()> operation) {
@@ -293,7 +312,7 @@ void Cluster::wait(const Waitable& what, Location here) {
 void Cluster::wake(Thread& thread) {
   thread.state = Thread::State::kReady;
   thread.waits_for = nullptr;
-  ready_.push_back(&thread);
+  add_ready(thread);
 }
 
 void Cluster::yield() {
@@ -302,7 +321,7 @@ void Cluster::yield() {
   if (!pending_.empty() && random(64) == 0) {
     complete_one();  // perhaps all who are ready poll for it
   }
-  ready_.push_back(&me);
+  add_ready(me);
   Thread* const next = pick();
   if (next != &me) {
     resume(*next);
@@ -415,7 +434,7 @@ void meet_warp(uint32_t mask, const char* operation, void* argument, Together to
     if (other.mask != mask) {
       fail("lanes of one warp meet with different masks at " + here.text() + " and " + other.where.text());
     }
-    if (std::strcmp(other.operation, operation) != 0) {
+    if (other.operation != operation && std::strcmp(other.operation, operation) != 0) {
       fail("lanes of one warp meet at different instructions: " + me.name() + " at " + operation + ", " + here.text() +
            ", " + other.name() + " at " + other.operation + ", " + other.where.text());
     }
@@ -461,7 +480,7 @@ void meet_warpgroup(const char* operation, void* argument, Together together, Lo
   group.arrived = 0;
   void* arguments[kWarpgroup];
   for (unsigned t = 0; t < kWarpgroup; ++t) {
-    if (std::strcmp(first[t].operation, operation) != 0) {
+    if (first[t].operation != operation && std::strcmp(first[t].operation, operation) != 0) {
       fail("threads of one warpgroup meet at different instructions: " + me.name() + " at " + operation + ", " +
            here.text() + ", " + first[t].name() + " at " + first[t].operation + ", " + first[t].where.text());
     }

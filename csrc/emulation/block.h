@@ -171,12 +171,13 @@ class Cluster {
   void work();
   void resume(Thread& next);
   Thread* pick();
+  void add_ready(Thread& thread);
   void complete_one();
   std::string waiting_threads() const;
 
   std::unique_ptr<Barrier> barrier_;
   const std::function<void()>* body_ = nullptr;
-  std::deque<Thread*> ready_;
+  std::deque<Thread*> ready_;  // a heap, if by_priority_
   std::vector<std::function<void()>> pending_;
   Fiber host_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
@@ -187,6 +188,7 @@ class Cluster {
   int64_t lowest_priority_ = 0;
   std::mt19937_64 random_;
   const uint64_t seed_;
+  const bool by_priority_;
   Timing timing_ = Timing::kEarly;
   std::exception_ptr error_;
 };

@@ -1,5 +1,6 @@
 #include "tensor_core.h"
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cmath>
@@ -14,124 +15,147 @@ namespace kx::emulation {
 namespace {
 
 // value = mantissa · 2^(exponent - fraction bits); a zero has mantissa 0.
+struct Format {
+  int exponent_bits, fraction_bits, unused_bits;
+};
+constexpr Format kFloat32{8, 23, 0};
+template <Element kElement>
+constexpr Format kFormat = kElement == Element::kFloat16    ? Format{5, 10, 0}
+                           : kElement == Element::kBFloat16 ? Format{8, 7, 0}
+                                                            : Format{8, 10, 13};  // float32's low bits are ignored
+
 struct Number {
-  int32_t mantissa;
-  int exponent;
+  int32_t mantissa, exponent;
   bool finite;
 };
 
-Number decode(uint32_t bits, int exponent_bits, int fraction_bits) {
-  const int sign = static_cast<int>(bits >> (exponent_bits + fraction_bits) & 1u);
-  const int field = static_cast<int>(bits >> fraction_bits & ((1u << exponent_bits) - 1));
-  const auto fraction = static_cast<int32_t>(bits & ((1u << fraction_bits) - 1));
-  const int bias = (1 << (exponent_bits - 1)) - 1;
-  const int32_t magnitude = field == 0 ? fraction : fraction | 1 << fraction_bits;
-  return {sign != 0 ? -magnitude : magnitude, (field == 0 ? 1 : field) - bias, field != (1 << exponent_bits) - 1};
+inline Number decode(const Format& format, uint32_t bits) {
+  const auto [exponent_bits, fraction_bits, unused] = format;
+  const int32_t most = (1 << exponent_bits) - 1, x = static_cast<int32_t>(bits >> unused);
+  const int32_t field = x >> fraction_bits & most, fraction = x & ((1 << fraction_bits) - 1);
+  const int32_t magnitude = fraction | (field != 0 ? 1 << fraction_bits : 0);
+  const bool negative = (x >> (exponent_bits + fraction_bits) & 1) != 0;
+  return {negative ? -magnitude : magnitude, (field == 0 ? 1 : field) - (most >> 1), field != most};
 }
 
-constexpr int fraction_bits(Element e) { return e == Element::kBFloat16 ? 7 : 10; }
-
-Number decode(Element element, uint32_t bits) {
+// Calls visit with the format of an element.
+template <class Visit>
+void visit_format(Element element, Visit visit) {
   switch (element) {
     case Element::kFloat16:
-      return decode(bits & 0xffffu, 5, 10);
+      return visit(kFormat<Element::kFloat16>);
     case Element::kBFloat16:
-      return decode(bits & 0xffffu, 8, 7);
+      return visit(kFormat<Element::kBFloat16>);
     default:
-      return decode(bits >> 13, 8, 10);  // the hardware ignores float32's low 13 bits
+      return visit(kFormat<Element::kTf32>);
   }
 }
 
-float to_float(Element element, uint32_t bits) {
-  if (element == Element::kTf32) {
-    return std::bit_cast<float>(bits & 0xffffe000u);
-  }
-  const Number x = decode(element, bits);
+float to_float(const Format& format, uint32_t bits) {
+  const Number x = decode(format, bits);
   if (!x.finite) {
-    const bool infinite = (bits & ((1u << fraction_bits(element)) - 1)) == 0;
-    const float value = infinite ? std::numeric_limits<float>::infinity() : std::numeric_limits<float>::quiet_NaN();
-    return (bits & 0x8000u) != 0 ? -value : value;
+    const float value = x.mantissa == 1 << format.fraction_bits || x.mantissa == -(1 << format.fraction_bits)
+                            ? std::numeric_limits<float>::infinity()
+                            : std::numeric_limits<float>::quiet_NaN();
+    return x.mantissa < 0 ? -value : value;
   }
-  return std::ldexp(static_cast<float>(x.mantissa), x.exponent - fraction_bits(element));
+  return std::ldexp(static_cast<float>(x.mantissa), x.exponent - format.fraction_bits);
 }
 
 // `units` times 2^exponent, cut towards zero.
 float truncate(int64_t units, int exponent) {
+  if (units == 0) {
+    return 0;
+  }
   auto magnitude = static_cast<uint64_t>(units < 0 ? -units : units);
   int shift = std::max(0, 64 - std::countl_zero(magnitude) - 24);
   shift = std::max(shift, -149 - exponent);
   magnitude = shift < 64 ? magnitude >> shift : 0;
-  const float value = std::ldexp(static_cast<float>(magnitude), exponent + shift);
+  const int power = exponent + shift;
+  const auto exact = static_cast<float>(static_cast<int32_t>(magnitude));
+  const bool is_normal = power >= -126 && power <= 127;  // 2^power, and so ldexp is a product
+  const float value =
+      is_normal ? exact * std::bit_cast<float>(static_cast<uint32_t>(power + 127) << 23) : std::ldexp(exact, power);
   return units < 0 ? -value : value;
 }
 
 constexpr int kMaxGroup = 16;
 
-// One group: cut, add, cut.
-float add_group(const Summation& how, int fraction, float c, const Number* a, const Number* b, int n) {
-  const Number start = decode(std::bit_cast<uint32_t>(c), 8, 23);
-  int largest = start.mantissa != 0 ? std::max(how.floor, start.exponent) : how.floor;
-  std::array<int32_t, kMaxGroup> products{};
-  std::array<int, kMaxGroup> exponents{};
+// The products of one group and c: cut to multiples of 2^(largest - how.bits), added, and cut to float32.
+float add_group(const Summation& how, int fraction_bits, float c, const int32_t* a, const int32_t* a_exponent,
+                const int32_t* b, const int32_t* b_exponent, int n) {
+  const Number start = decode(kFloat32, std::bit_cast<uint32_t>(c));
+  int32_t products[kMaxGroup], exponents[kMaxGroup];
+  int32_t largest = start.mantissa != 0 ? std::max(how.floor, start.exponent) : how.floor;
   for (int i = 0; i < n; ++i) {
-    products[i] = a[i].mantissa * b[i].mantissa;
-    exponents[i] = a[i].exponent + b[i].exponent;
+    products[i] = a[i] * b[i];
+    exponents[i] = a_exponent[i] + b_exponent[i];
     largest = products[i] != 0 ? std::max(largest, exponents[i]) : largest;
   }
-  const auto cut = [&](int32_t mantissa, int exponent, int bits_of_fraction) {
-    const int shift = exponent - largest + how.bits - bits_of_fraction;
-    const int64_t magnitude = mantissa < 0 ? -int64_t{mantissa} : int64_t{mantissa};
-    const int64_t units = shift >= 0 ? magnitude << shift : magnitude >> std::min(-shift, 63);
+  const auto cut = [&](int32_t mantissa, int32_t exponent, int fraction) {
+    const int32_t magnitude = (mantissa < 0 ? -mantissa : mantissa) << (how.bits - fraction);  // below 2^(bits + 2)
+    const int32_t units = magnitude >> std::clamp(largest - exponent, 0, 31);
     return mantissa < 0 ? -units : units;
   };
-  int64_t sum = start.mantissa != 0 ? cut(start.mantissa, start.exponent, 23) : 0;
+  int64_t sum = cut(start.mantissa, start.exponent, kFloat32.fraction_bits);
   for (int i = 0; i < n; ++i) {
-    sum += products[i] != 0 ? cut(products[i], exponents[i], 2 * fraction) : 0;
+    sum += cut(products[i], exponents[i], 2 * fraction_bits);
   }
   return truncate(sum, largest - how.bits);
 }
 
-// Rows of decoded numbers, k to a row.
+constexpr int group_of(Element element, const Summation& how) {
+  return element == Element::kTf32 ? how.group / 2 : how.group;
+}
+
+// Rows of decoded numbers, k to a row; groups of so many are multiplied at once.
 struct Numbers {
-  std::vector<Number> numbers;
+  std::vector<int32_t> mantissas, exponents;
+  std::vector<bool> zeros;    // of a group: all are
   std::vector<float> values;  // filled where one is infinite or NaN
   bool finite = true;
 
-  Numbers(Element element, const uint32_t* bits, size_t n) : numbers(n) {
-    for (size_t i = 0; i < n; ++i) {
-      numbers[i] = decode(element, bits[i]);
-      finite = finite && numbers[i].finite;
-    }
-    if (!finite) {
-      values.resize(n);
+  Numbers(Element element, const uint32_t* bits, size_t n, size_t group)
+      : mantissas(n), exponents(n), zeros((n + group - 1) / group) {
+    visit_format(element, [&](auto format) {
       for (size_t i = 0; i < n; ++i) {
-        values[i] = to_float(element, bits[i]);
+        const Number x = decode(format, bits[i]);
+        mantissas[i] = x.mantissa;
+        exponents[i] = x.exponent;
+        finite &= x.finite;
       }
+      for (size_t i = 0; i < n && !finite; ++i) {
+        values.push_back(to_float(format, bits[i]));
+      }
+    });
+    for (size_t i = 0; i < n; i += group) {
+      const auto first = mantissas.begin() + static_cast<ptrdiff_t>(i);
+      zeros[i / group] = std::all_of(first, first + static_cast<ptrdiff_t>(std::min(group, n - i)),
+                                     [](int32_t mantissa) { return mantissa == 0; });
     }
   }
 };
 
 float sum_of_products(Element element, const Summation& how, float c, const Numbers& a, size_t row, const Numbers& b,
                       size_t column, int k) {
-  const Number* x = a.numbers.data() + row * k;
-  const Number* y = b.numbers.data() + column * k;
-  const int group = element == Element::kTf32 ? how.group / 2 : how.group;
+  const int group = group_of(element, how), fraction_bits = element == Element::kBFloat16 ? 7 : 10;
   for (int i = 0; i < k; i += group) {
+    const size_t x = row * k + i, y = column * k + i;
     const int n = std::min(group, k - i);
-    bool finite = std::isfinite(c);
-    for (int j = i; j < i + n; ++j) {
-      finite = finite && x[j].finite && y[j].finite;
-    }
-    if (finite) {
-      c = add_group(how, fraction_bits(element), c, x + i, y + i, n);
+    const auto is_finite = [&](const Numbers& of, size_t at) {
+      return of.finite || std::all_of(&of.values[at], &of.values[at] + n, [](float v) { return std::isfinite(v); });
+    };
+    if (std::isfinite(c) && is_finite(a, x) && is_finite(b, y)) {
+      const bool no_products = a.zeros[x / group] || b.zeros[y / group];  // most of a tile that is not full
+      c = add_group(how, fraction_bits, c, &a.mantissas[x], &a.exponents[x], &b.mantissas[y], &b.exponents[y],
+                    no_products ? 0 : n);
       continue;
     }
-    for (int j = i; j < i + n; ++j) {
-      const auto value = [&](const Numbers& of, const Number* at) {
-        const size_t index = static_cast<size_t>(at - of.numbers.data());
-        return of.finite ? std::ldexp(static_cast<float>(at->mantissa), at->exponent - fraction_bits(element))
-                         : of.values[index];
-      };
+    const auto value = [&](const Numbers& of, size_t at) {
+      return of.finite ? std::ldexp(static_cast<float>(of.mantissas[at]), of.exponents[at] - fraction_bits)
+                       : of.values[at];
+    };
+    for (int j = 0; j < n; ++j) {
       c += value(a, x + j) * value(b, y + j);
     }
     if (std::isnan(c)) {
@@ -172,7 +196,8 @@ void mma_together(void* const* arguments) {
       b[group * k + per_register * quad + h + 4 * per_register * r] = element_of(element, lane(l).b, i);
     }
   }
-  const Numbers x(element, a.data(), 16 * k), y(element, b.data(), 8 * k);
+  const size_t summed = group_of(element, kAmpere);
+  const Numbers x(element, a.data(), 16 * k, summed), y(element, b.data(), 8 * k, summed);
   for (int l = 0; l < 32; ++l) {
     for (int i = 0; i < 4; ++i) {
       const size_t row = (l >> 2) + 8 * (i >> 1), column = 2 * (l & 3) + (i & 1);
@@ -184,7 +209,8 @@ void mma_together(void* const* arguments) {
 }  // namespace
 
 float sum_of_products(Element element, const Summation& how, float c, const uint32_t* a, const uint32_t* b, int n) {
-  return sum_of_products(element, how, c, Numbers(element, a, n), 0, Numbers(element, b, n), 0, n);
+  const size_t summed = group_of(element, how);
+  return sum_of_products(element, how, c, Numbers(element, a, n, summed), 0, Numbers(element, b, n, summed), 0, n);
 }
 
 void mma(Element element, float* d, const uint32_t* a, const uint32_t* b, Location here) {
@@ -433,7 +459,8 @@ void wgmma_together(void* const* arguments) {
     const int k = kSliceBytes * 8 / bits_of(element);
     const std::vector<uint32_t> a_bits = a_registers.empty() ? load_operand(element, a, kRows, shared) : a_registers;
     const std::vector<uint32_t> b_bits = load_operand(element, b, n, shared);
-    const Numbers x(element, a_bits.data(), a_bits.size()), y(element, b_bits.data(), b_bits.size());
+    const size_t summed = group_of(element, kHopper);
+    const Numbers x(element, a_bits.data(), a_bits.size(), summed), y(element, b_bits.data(), b_bits.size(), summed);
     for (unsigned t = 0; t < kWarpgroup; ++t) {
       float* const values = d->values.data() + t * per_thread;
       for (size_t i = 0; i < per_thread; ++i) {

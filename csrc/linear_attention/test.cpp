@@ -119,7 +119,7 @@ void run(int64_t number) {
   backward.push_back(normalize && toss(random) ? std::optional(memory.normal(DType::kFloat32, z_size)) : std::nullopt);
   const int64_t query_slice = slice_for(value_dim, key_dim), parts = (key_dim + query_slice - 1) / query_slice;
   std::string first;
-  for (uint64_t schedule = 0; schedule < 2; ++schedule) {
+  for (uint64_t schedule = 0; schedule < kSchedules; ++schedule) {
     emulation::set_seed(static_cast<uint64_t>(number) + schedule);
     Tensors gradients = gradients_for();
     std::optional<Tensor> e;

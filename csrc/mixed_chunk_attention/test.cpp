@@ -14,8 +14,6 @@ namespace {
 
 using gau_attention::kCudaTile;
 
-constexpr uint64_t kSchedules = emulation::kInstrumented ? 1 : 2;  // races are found under any
-
 int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 void run(int64_t number) {
