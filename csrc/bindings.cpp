@@ -89,6 +89,17 @@ PYBIND11_MODULE(KX_MODULE_NAME, m) {
   m.def("mixed_chunk_attention_cuda_backward", &kx::mixed_chunk_attention::cuda_backward);
   m.def("mixed_chunk_attention_cuda_chunks", &kx::mixed_chunk_attention::cuda_chunks);
   m.def("linear_attention_cuda_step", &kx::linear_attention::cuda_step);
+  m.def("gau_inputs_cuda", &kx::gau_inputs::cuda);
+  m.def("gau_inputs_cuda_backward", &kx::gau_inputs::cuda_backward);
+  m.def("gau_inputs_cuda_sums", &kx::gau_inputs::cuda_sums);
+  m.def("nystrom_attention_cuda_landmarks", &kx::nystrom_attention::cuda_landmarks);
+  m.def("nystrom_attention_cuda_matrices", &kx::nystrom_attention::cuda_matrices);
+  m.def("nystrom_attention_cuda", &kx::nystrom_attention::cuda);
+  m.def("nystrom_attention_cuda_backward", &kx::nystrom_attention::cuda_backward);
+  m.def("nystrom_attention_cuda_scratch", &kx::nystrom_attention::cuda_scratch);
+  m.def("nystrom_attention_cuda_fits", &kx::nystrom_attention::cuda_fits);
+  m.attr("nystrom_attention_cuda_tile") = kx::nystrom_attention::kCudaTile;
+  m.attr("gau_inputs_cuda_heads") = kx::gau_inputs::kCudaHeads;
 #ifdef KX_EMULATION
   m.def("set_seed", &kx::emulation::set_seed);
   m.def("launches", &kx::emulation::launches);

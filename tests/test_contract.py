@@ -144,8 +144,10 @@ def test_strides_change_nothing(lane, spec: OpSpec, case: str, layout: str) -> N
     serves(lane, spec)
     if lane.backend == "reference":
         pytest.skip("torch's products may add in another order for other strides")
-    if lane.slow and layout != list(LAYOUTS)[list(spec.cases).index(case) % len(LAYOUTS)]:
-        pytest.skip("takes long: one layout for each case, in turn")
+    number = list(spec.cases).index(case)
+    in_turn = number % 4 == 0 and layout == list(LAYOUTS)[number // 4 % len(LAYOUTS)]
+    if lane.slow and case not in spec.compiled and not in_turn:
+        pytest.skip("takes long: few cases in all layouts, and of the others one in four, in one")
     call = spec.call(case, torch.float32, lane.device)
     contiguous = pytree.tree_map_only(Tensor, lambda x: x.contiguous(), call)
     spread = pytree.tree_map_only(Tensor, lambda x: LAYOUTS[layout](x) if x.is_floating_point() else x, call)

@@ -117,6 +117,27 @@ def test_no_number_stays_none(lane: Any) -> None:
     assert head.isnan().all()
 
 
+def test_more_rows_and_columns_than_threads(lane: Any) -> None:
+    """What no block holds at once: 300 rows of 1028 dimensions, half of which turn."""
+    if lane.backend == "triton" and lane.slow:
+        pytest.skip("takes long")
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(1, 300, 1028, generator=generator).to(lane.device)
+    gamma, beta = torch.randn(2, 2, 1028, generator=generator).to(lane.device)
+    cos, sin = tables(lane, length=300, dim=512)
+    grads = [torch.randn(1, 300, 1028, generator=generator).to(lane.device) for _ in range(3)]
+
+    def results(function: Any, dtype: torch.dtype, **how: Any) -> list[Tensor]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (z, gamma, beta)]
+        outs = function(None, leaves[0], *leaves, rope=(cos, sin), rope_interleaved=False, **how)[1:]
+        return [x.detach() for x in (*outs, *gradients(outs, leaves, [g.to(dtype) for g in grads]))]
+
+    ours = results(prepare, torch.float32, backend=lane.backend)
+    pairs = zip(*(results(SPEC.reference, dtype) for dtype in (torch.float64, torch.float32)), strict=True)
+    for i, (x, pair) in enumerate(zip(ours, pairs, strict=True)):
+        assert_within_budget(x, *pair, f"result {i}")
+
+
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf, 1e30])
 def test_padding_never_leaks(lane: Any, garbage: float) -> None:
     """Whatever padding and rows of no sequence hold, in inputs and in gradients, they are 0 and change no bit."""

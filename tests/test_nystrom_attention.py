@@ -34,8 +34,14 @@ def skip_refused(lane: Any, dtype: torch.dtype) -> None:
         pytest.skip(SPEC.cannot[lane.backend, lane.device, dtype])
 
 
+def is_emulated(lane: Any) -> bool:
+    """Whether time goes by products of tensor cores."""
+    return lane.slow and lane.backend == "cuda"
+
+
 def inputs(lane: Any, length: int = 50, batch: int = 3, dtype: torch.dtype = torch.float32, dim: int = 16) -> Any:
     """q, k and v [B, n, 2, D] of order one."""
+    skip_refused(lane, dtype)
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(batch, length, 2, dim, generator=generator).to(lane.device, dtype) for _ in range(3)]
 
@@ -146,7 +152,8 @@ def test_iterations_are_part_of_the_function(lane: Any, iterations: int) -> None
 
 @pytest.mark.parametrize("m", [1, 16, 30, 33, 48, 64, 100, 128, 256])
 def test_numbers_of_landmarks(lane: Any, m: int) -> None:
-    assert_as_float64(lane, inputs(lane, 2 * m + 3, batch=1), num_landmarks=m)
+    iterations = 6 if m <= 64 or not is_emulated(lane) else 1 if m <= 128 else 0
+    assert_as_float64(lane, inputs(lane, 2 * m + 3, batch=1), num_landmarks=m, pinv_iterations=iterations)
 
 
 def test_tokens_all_alike(lane: Any) -> None:
@@ -174,20 +181,24 @@ def test_several_columns_with_the_largest_sum(lane: Any) -> None:
     """Two of three, whose tokens mirror each other: the gradient of the norm is shared, as torch.amax shares it."""
     keys = torch.tensor([[1.0, 0.0, 10.0], [0.0, 1.0, 10.0], [0.0, 0.0, -1000.0]])
     queries = torch.tensor([[1.0, 0.0, 10.0], [0.0, 1.0, 10.0], [0.0, 0.0, 0.001]])
-    v = inputs(lane, 3, 1, torch.float64)[2][:, :, :1]
-    leaves = [x.double().to(lane.device)[None, :, None] for x in (queries, keys)]
+    dtype = max(lane.dtypes(SPEC), key=lambda dtype: dtype.itemsize)
+    v = inputs(lane, 3, 1, dtype)[2][:, :, :1]
+    leaves = [x.to(lane.device, dtype)[None, :, None] for x in (queries, keys)]
     leaves = [x.repeat_interleave(4, 1) for x in (*leaves, v)]
     for init in ("per_matrix", "original"):
         found, wanted = (
             value_and_gradients(
                 lambda *x, f=f, h=how, i=init: f(*x, num_landmarks=3, pinv_iterations=1, pinv_init=i, **h),
-                leaves,
-                torch.ones_like(leaves[2]) * torch.arange(12, device=lane.device)[:, None, None],
+                [x.to(at) for x in leaves],
+                torch.ones_like(leaves[2], dtype=at) * torch.arange(12, device=lane.device)[:, None, None],
             )
-            for f, how in ((attend, {"backend": lane.backend}), (reference, {}))
+            for f, how, at in ((attend, {"backend": lane.backend}, dtype), (reference, {}, torch.float64))
         )
         for a, b in zip(found, wanted, strict=True):
-            torch.testing.assert_close(a, b)
+            if dtype == torch.float64:
+                torch.testing.assert_close(a, b)
+            else:
+                assert_close_in_float32(a.double(), b)
 
 
 def test_the_norm_is_differentiated(lane: Any) -> None:
@@ -333,10 +344,10 @@ def test_convolution_is_torchs(lane: Any, taps: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_very_long_sequences(lane: Any, dtype: torch.dtype) -> None:
-    """64k tokens, or 16k where that takes long: the landmarks average out, and the matrix is nearly of rank one. An odd
-    number of segments straddles the parts that kernels cut a sequence into."""
+    """64k tokens, or 16k or 4k where that takes long: the landmarks average out, and the matrix is nearly of rank one.
+    An odd number of segments straddles the parts that kernels cut a sequence into."""
     skip_refused(lane, dtype)
-    length = 1 << (14 if lane.slow else 16)
+    length = 1 << (12 if is_emulated(lane) else 14 if lane.slow else 16)
     generator = torch.Generator().manual_seed(0)
     leaves = [torch.randn(1, length, 1, 16, generator=generator).to(lane.device, dtype) for _ in range(3)]
     weight = torch.randn(1, 5, device=lane.device)
@@ -346,7 +357,7 @@ def test_very_long_sequences(lane: Any, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("cut", ["keys", "queries"])
 def test_long_sequences_beside_short_ones(lane: Any, cut: str) -> None:
     """n_q ≠ n_k with parts on one side alone, attention exact and not."""
-    short, long = inputs(lane, 9, batch=1), inputs(lane, 9000, batch=1)
+    short, long = inputs(lane, 9, batch=1), inputs(lane, 1000 if is_emulated(lane) else 9000, batch=1)
     leaves = [short[0], *long[1:]] if cut == "keys" else [long[0], *short[1:]]
     for m in (4, 16):
         assert_as_float64(lane, leaves, num_landmarks=m)

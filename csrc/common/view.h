@@ -25,8 +25,9 @@ inline View view(const std::optional<Tensor>& x) {
   if (x) {
     out.data = x->data;
     std::copy_n(x->stride.data(), std::min(x->rank, 4), out.stride);
-    out.wide = x->rank == 4 && x->stride[3] == 1 && reinterpret_cast<uintptr_t>(x->data) % 16 == 0;
-    for (int d = 0; d < 3; ++d) {
+    const int last = x->rank - 1;
+    out.wide = last >= 0 && x->stride[last] == 1 && reinterpret_cast<uintptr_t>(x->data) % 16 == 0;
+    for (int d = 0; d < last; ++d) {
       out.wide = out.wide && x->stride[d] * size_of(x->dtype) % 16 == 0;
     }
   }

@@ -121,8 +121,19 @@ inline Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b
 inline Doubles fma(Doubles a, Doubles b, Doubles c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
 inline Floats fms(Floats a, Floats b, Floats c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }
 inline Doubles fms(Doubles a, Doubles b, Doubles c) { return {_mm512_fmsub_pd(a.v, b.v, c.v)}; }
-inline Floats swap_pairs(Floats a) { return {_mm512_permute_ps(a.v, 0xb1)}; }
-inline Doubles swap_pairs(Doubles a) { return {_mm512_permute_pd(a.v, 0x55)}; }
+// Lane i is lane i ^ kApart of a.
+template <int kApart>
+inline Floats swap_lanes(Floats a) {
+  if constexpr (kApart >= 4) {
+    return {_mm512_shuffle_f32x4(a.v, a.v, kApart == 8 ? 0x4e : 0xb1)};
+  } else {
+    return {_mm512_permute_ps(a.v, kApart == 2 ? 0x4e : 0xb1)};
+  }
+}
+template <int kApart>
+inline Doubles swap_lanes(Doubles a) {
+  return {_mm512_castps_pd(swap_lanes<2 * kApart>(Floats{_mm512_castpd_ps(a.v)}).v)};
+}
 
 #elif defined(KX_ISA_avx2)
 
@@ -198,8 +209,18 @@ inline Floats fma(Floats a, Floats b, Floats c) { return {_mm256_fmadd_ps(a.v, b
 inline Doubles fma(Doubles a, Doubles b, Doubles c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
 inline Floats fms(Floats a, Floats b, Floats c) { return {_mm256_fmsub_ps(a.v, b.v, c.v)}; }
 inline Doubles fms(Doubles a, Doubles b, Doubles c) { return {_mm256_fmsub_pd(a.v, b.v, c.v)}; }
-inline Floats swap_pairs(Floats a) { return {_mm256_permute_ps(a.v, 0xb1)}; }
-inline Doubles swap_pairs(Doubles a) { return {_mm256_permute_pd(a.v, 0x5)}; }
+template <int kApart>
+inline Floats swap_lanes(Floats a) {
+  if constexpr (kApart == 4) {
+    return {_mm256_permute2f128_ps(a.v, a.v, 1)};
+  } else {
+    return {_mm256_permute_ps(a.v, kApart == 2 ? 0x4e : 0xb1)};
+  }
+}
+template <int kApart>
+inline Doubles swap_lanes(Doubles a) {
+  return {_mm256_castps_pd(swap_lanes<2 * kApart>(Floats{_mm256_castpd_ps(a.v)}).v)};
+}
 
 #else
 
@@ -287,9 +308,9 @@ inline A fms(A a, A b, A c) {
   KX_EACH_LANE(A, a.v[i] * b.v[i] - c.v[i]);
 }
 #endif
-template <class A>
-inline A swap_pairs(A a) {
-  KX_EACH_LANE(A, a.v[i ^ 1]);
+template <int kApart, class A>
+inline A swap_lanes(A a) {
+  KX_EACH_LANE(A, a.v[i ^ kApart]);
 }
 
 #undef KX_EACH_LANE
@@ -318,18 +339,22 @@ inline void store(T* p, A x, int n) {
 template <class A>
 using vector_t = decltype(all(A{}));
 
-// All lanes, the upper half onto the lower until one is left.
-template <class V>
-inline auto sum(V x) {
-  using A = std::conditional_t<std::is_same_v<V, Floats>, float, double>;
-  A lanes[V::kLanes];
-  store(lanes, x);
-  for (int n = V::kLanes / 2; n > 0; n /= 2) {
-    for (int i = 0; i < n; ++i) {
-      lanes[i] += lanes[i + n];
-    }
+// In every lane, what all are together: the upper half onto the lower until one is left.
+template <int kApart, class V, class Join>
+inline V fold(V x, Join&& join) {
+  x = join(x, swap_lanes<kApart>(x));
+  if constexpr (kApart > 1) {
+    x = fold<kApart / 2>(x, join);
   }
-  return lanes[0];
+  return x;
+}
+template <class V>
+inline V sum(V x) {
+  return fold<V::kLanes / 2>(x, [](V a, V b) { return add(a, b); });
+}
+template <class V>
+inline V largest(V x) {
+  return fold<V::kLanes / 2>(x, [](V a, V b) { return max(a, b); });
 }
 
 // e^x to about one unit in the last place: 2^n · e^r with |r| ≤ ln 2 / 2, e^r by its Taylor series. Above 88.8

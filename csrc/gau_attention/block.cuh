@@ -2,9 +2,7 @@
 // operands come from, and what happens to each on its way to memory.
 #pragma once
 
-#include "../cuda/copy.cuh"
-#include "../cuda/memory.cuh"
-#include "../cuda/tile.cuh"
+#include "../cuda/rows.cuh"
 #include "problem.h"
 
 namespace kx::gau_attention {
@@ -50,17 +48,6 @@ struct Shared {
   };
   float scale[kTile], bias_scale[kTile], own[kTile];  // of rows; own: of what the kernel needs besides
   bool keep_query[kTile], keep_key[kTile];
-};
-
-// Rows of one sequence and head: `rows` of them, of `columns` elements; those that a mask leaves out count as zeros.
-template <class S>
-struct Rows {
-  const S* data;
-  int64_t row_stride, column_stride;
-  bool wide;  // rows are read 16 bytes at a time
-  int rows, columns;
-  const uint8_t* mask = nullptr;
-  int64_t mask_stride = 0;
 };
 
 // A sequence, or at `first` up to kTile queries of it.
@@ -150,30 +137,10 @@ class Block {
     __syncthreads();
   }
 
-  // A tile from (row, column) on.
   template <class S, int kRows, int kColumns, int kSwizzle>
   __device__ __forceinline__ void load(Tile<E, kRows, kColumns, kSwizzle>& to, const Rows<S>& from, int row,
                                        int column) {
-    constexpr int kVectors = kColumns / kVector;
-    for (int i = thread; i < kRows * kVectors; i += kThreads) {
-      const int r = i / kVectors, c = i % kVectors * kVector;
-      const bool there = row + r < from.rows && (from.mask == nullptr || from.mask[(row + r) * from.mask_stride] != 0);
-      const int left = there ? from.columns - (column + c) : 0;
-      const S* const source =
-          left > 0 ? from.data + (row + r) * from.row_stride + (column + c) * from.column_stride : from.data;
-      if constexpr (std::is_same_v<S, E>) {
-        if (from.wide) {
-          const int bytes = left <= 0 ? 0 : left < kVector ? left * static_cast<int>(sizeof(E)) : 16;
-          copy_async<16>(to.at(r, c), source, bytes);
-          continue;
-        }
-      }
-      E* const x = to.at(r, c);
-#pragma unroll
-      for (int v = 0; v < kVector; ++v) {
-        x[v] = v < left ? operand<T>(widen(source[v * from.column_stride])) : operand<T>(0);
-      }
-    }
+    load_tile<T, kThreads>(to, from, row, column, thread);
   }
 
   // d += a · b over `steps` times kDepth. fetch(stage, step) loads the operands of a step, seen(stage) is called while
@@ -241,19 +208,23 @@ class Block {
   }
 
   // n neighbours of a row to memory, each change(what is staged, index).
-  template <class Change>
-  __device__ __forceinline__ static void write(const View& x, T* to, int n, Change&& change) {
+  template <class To, class Change>
+  __device__ __forceinline__ static void write(const View& x, To* to, int n, Change&& change) {
     if (x.wide && n == kWide) {
-      Vector<T, kWide> out;
+      constexpr int kAtOnce = 16 / sizeof(To);
 #pragma unroll
-      for (int v = 0; v < kWide; ++v) {
-        out.x[v] = narrow<T>(change(v));
+      for (int first = 0; first < kWide; first += kAtOnce) {
+        Vector<To, kAtOnce> out;
+#pragma unroll
+        for (int v = 0; v < kAtOnce; ++v) {
+          out.x[v] = narrow<To>(change(first + v));
+        }
+        store(to + first, out);
       }
-      store(to, out);
       return;
     }
     for (int v = 0; v < n; ++v) {
-      to[v * x.stride[3]] = narrow<T>(change(v));
+      to[v * x.stride[3]] = narrow<To>(change(v));
     }
   }
 
@@ -416,22 +387,25 @@ __device__ __forceinline__ void write_outputs(Block<F>& block, const Problem& p,
     const float c = keep ? of_row(i, row) : 0;
     const float* const staged = &block.shared.staged[i][column];
     const auto ungated = [&](int e) { return keep ? c * staged[e] : 0; };  // 0 · NaN is no 0
-    const auto place = [&](const View& x) {
-      return element<T>(x, s.batch, row, head) + (first + column) * x.stride[3];
+    const auto place = [&](auto type, const View& x) {
+      return element<decltype(type)>(x, s.batch, row, head) + (first + column) * x.stride[3];
     };
-    if (p.ungated.data != nullptr) {
-      block.write(p.ungated, place(p.ungated), n, ungated);
+    if (p.ungated.data != nullptr && p.by_sum) {
+      block.write(p.ungated, place(float{}, p.ungated), n, ungated);
+    } else if (p.ungated.data != nullptr) {
+      block.write(p.ungated, place(T{}, p.ungated), n, ungated);
     }
+    T* const o = place(T{}, p.o);
     if (p.gate.data != nullptr && keep) {
-      const T* const gate = place(p.gate);
+      const T* const gate = place(T{}, p.gate);
       if (p.gate.wide && n == Block<F>::kWide) {
         const auto u = load_once<Block<F>::kWide>(gate);
-        block.write(p.o, place(p.o), n, [&](int e) { return ungated(e) * widen(u.x[e]); });
+        block.write(p.o, o, n, [&](int e) { return ungated(e) * widen(u.x[e]); });
       } else {
-        block.write(p.o, place(p.o), n, [&](int e) { return ungated(e) * widen(gate[e * p.gate.stride[3]]); });
+        block.write(p.o, o, n, [&](int e) { return ungated(e) * widen(gate[e * p.gate.stride[3]]); });
       }
     } else {
-      block.write(p.o, place(p.o), n, ungated);
+      block.write(p.o, o, n, ungated);
     }
   });
 }
@@ -441,12 +415,14 @@ __device__ __forceinline__ void write_outputs(Block<F>& block, const Problem& p,
 template <class T>
 __device__ __forceinline__ float prepare_row(const Problem& p, int64_t batch, int64_t row, int64_t head, bool keep,
                                              float c, typename Products<T>::Operand* g) {
-  const auto of = [&](const View& x, int64_t e) {
-    return keep && x.data != nullptr ? widen(element<const T>(x, batch, row, head)[e * x.stride[3]]) : 0.0f;
+  const auto read = [&](auto type, const View& x, int64_t e) {
+    using From = decltype(type);
+    return keep && x.data != nullptr ? widen(element<const From>(x, batch, row, head)[e * x.stride[3]]) : 0.0f;
   };
+  const auto of = [&](const View& x, int64_t e) { return read(T{}, x, e); };
   float shift = 0;
   for (int64_t e = threadIdx.x % 32; e < p.value_dim; e += 32) {
-    const float grad = of(p.grad_o, e), ungated = of(p.ungated, e);
+    const float grad = of(p.grad_o, e), ungated = p.by_sum ? read(float{}, p.ungated, e) : of(p.ungated, e);
     const float x = c * (p.gate.data != nullptr ? grad * of(p.gate, e) : grad);
     const auto rounded = operand<T>(x);
     g[e] = rounded;

@@ -39,7 +39,11 @@ void forward(const Problem& p, int threads) {
     }
   }
   clear_surplus<T>(p, p.o, p.cu_seqlens, p.queries, p.heads, p.value_dim);
-  clear_surplus<T>(p, p.ungated, p.cu_seqlens, p.queries, p.heads, p.value_dim);
+  if (p.by_sum) {
+    clear_surplus<A>(p, p.ungated, p.cu_seqlens, p.queries, p.heads, p.value_dim);
+  } else {
+    clear_surplus<T>(p, p.ungated, p.cu_seqlens, p.queries, p.heads, p.value_dim);
+  }
   for (int64_t t = 0; t < p.queries * p.heads && p.by_sum && p.cu_seqlens != nullptr; ++t) {
     const int64_t at = t / p.heads;
     if (at < p.cu_seqlens[0] || at >= p.cu_seqlens[p.num_sequences]) {

@@ -45,10 +45,11 @@ Problem make_problem(const Tensors& in, const Tensors& out, const Options& optio
   p.k = view(in[1]);
   p.v = view(in[2]);
   const std::vector<int64_t> wide{p.batch, p.queries, p.heads, p.value_dim}, rows{p.batch, p.queries};
-  const auto like_o = [&](const std::optional<Tensor>& x) {
-    KX_CHECK(!x || (has_shape(*x, wide) && x->dtype == p.dtype), "gau_attention: a tensor is not like o");
+  const auto as_wide = [&](const std::optional<Tensor>& x, DType dtype) {
+    KX_CHECK(!x || (has_shape(*x, wide) && x->dtype == dtype), "gau_attention: a tensor is not like o");
     return view(x);
   };
+  const auto like_o = [&](const std::optional<Tensor>& x) { return as_wide(x, p.dtype); };
   p.gate = like_o(in[3]);
 
   const DType exact = p.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
@@ -69,7 +70,7 @@ Problem make_problem(const Tensors& in, const Tensors& out, const Options& optio
   p.cu_seqlens = dense<const int32_t>(in[10], DType::kInt32, {p.num_sequences + 1});
   p.cu_seqlens_k = dense<const int32_t>(in[11], DType::kInt32, {p.num_sequences + 1});
   if (backward) {
-    p.ungated = like_o(in[12]);
+    p.ungated = as_wide(in[12], p.by_sum ? exact : p.dtype);
     p.sums = dense<void>(in[13], exact, {p.batch, p.queries, p.heads});
     KX_CHECK(in[14].has_value(), "gau_attention: grad_o is needed");
     p.grad_o = like_o(in[14]);
@@ -82,7 +83,7 @@ Problem make_problem(const Tensors& in, const Tensors& out, const Options& optio
   } else {
     KX_CHECK(out[0].has_value(), "gau_attention: o has nowhere to go");
     p.o = like_o(out[0]);
-    p.ungated = like_o(out[1]);
+    p.ungated = as_wide(out[1], p.by_sum ? exact : p.dtype);
     p.sums = dense<void>(out[2], exact, {p.batch, p.queries, p.heads});
   }
   KX_CHECK(!p.by_sum || (backward ? in[13] : out[2]).has_value(), "gau_attention: the sums of rows have nowhere to go");

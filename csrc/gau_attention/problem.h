@@ -27,7 +27,7 @@ struct Problem {
   int64_t bias_heads, distances;
   const void *a, *b, *c;  // [B, n_q], or null
 
-  View ungated;  // as o, before the gate; may have no data
+  View ungated;  // as o, before the gate, and exact if `by_sum`; may have no data
   void* sums;    // [B, n_q, heads] of a row's scores, or null
 
   // Backward.

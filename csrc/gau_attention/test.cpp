@@ -12,8 +12,6 @@
 namespace kx::gau_attention {
 namespace {
 
-constexpr uint64_t kSchedules = emulation::kInstrumented ? 1 : 2;  // races are found under any
-
 void run(int64_t number) {
   Random random(static_cast<uint64_t>(number));
   Buffers memory(random);
@@ -77,7 +75,7 @@ void run(int64_t number) {
   const auto results_for = [&](Tensors& to) {
     to[0] = memory.filled(dtype, o_size, [] { return 0; });  // rows of no sequence are the caller's
     if (gated || by_sum) {
-      to[1] = memory.filled(dtype, o_size, [] { return 0; });
+      to[1] = memory.filled(by_sum ? DType::kFloat32 : dtype, o_size, [] { return 0; });
     }
     if (by_sum) {
       to[2] = memory.filled(DType::kFloat32, rows, [] { return 0; });

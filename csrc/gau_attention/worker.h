@@ -80,6 +80,28 @@ void activate(Activation f, int n, A* x, A* slope) {
   }
 }
 
+// Σ term(i), i < n. In parts, which round less than one long sum and do not wait for each other.
+template <class A, class Term>
+A total(int n, Term term) {
+  constexpr int kParts = 16;
+  A parts[kParts] = {};
+  int i = 0;
+  for (; i + kParts <= n; i += kParts) {
+    for (int part = 0; part < kParts; ++part) {
+      parts[part] += term(i + part);
+    }
+  }
+  for (int part = 0; i + part < n; ++part) {
+    parts[part] += term(i + part);
+  }
+  for (int half = kParts / 2; half > 0; half /= 2) {
+    for (int part = 0; part < half; ++part) {
+      parts[part] += parts[part + half];
+    }
+  }
+  return parts[0];
+}
+
 // What one thread works with. A is the type that arithmetic is done in; rows are padded with zeros to whole vectors.
 template <class T, class A>
 class Worker {
@@ -118,9 +140,7 @@ class Worker {
       multiply(count, keys, key_dim, q, kw, 1, k_columns, block, scores, block, false);
       score(s, head, first, count, key, keys, nullptr);
       for (int i = 0; i < count && p.by_sum; ++i) {
-        for (int j = 0; j < keys; ++j) {
-          sums[i] += scores[i * block + j];
-        }
+        sums[i] += total<A>(keys, [&](int j) { return scores[i * block + j]; });
       }
       const A* values = v;
       int64_t values_row = vw;
@@ -148,7 +168,9 @@ class Worker {
       A* const o = wide + static_cast<size_t>(i) * vw;
       const int64_t at = s.query_row + first + i;
       if (p.ungated.data != nullptr) {
-        store_row(o, value_dim, element<T>(p.ungated, s.batch, at, head), p.ungated.stride[3]);
+        visit_ungated([&](auto type) {
+          store_row(o, value_dim, element<decltype(type)>(p.ungated, s.batch, at, head), p.ungated.stride[3]);
+        });
       }
       if (p.gate.data != nullptr && keep_query[i]) {
         const T* const gate = element<const T>(p.gate, s.batch, at, head);
@@ -221,9 +243,9 @@ class Worker {
   void backward_gate(int64_t batch, int64_t at, int64_t head) {
     const bool kept = keeps(p.query_mask, p.query_mask_stride, batch, at);
     const T* const grad = element<const T>(p.grad_o, batch, at, head);
-    const T* const ungated = element<const T>(p.ungated, batch, at, head);
+    load_ungated(batch, at, head);
     for (int e = 0; e < value_dim; ++e) {
-      row[e] = kept ? widen(grad[e * p.grad_o.stride[3]]) * widen(ungated[e * p.ungated.stride[3]]) : A{0};
+      row[e] = kept ? row[e] * widen(grad[e * p.grad_o.stride[3]]) : A{0};
     }
     store_row(row, value_dim, element<T>(p.grad_gate, batch, at, head), p.grad_gate.stride[3]);
   }
@@ -331,12 +353,24 @@ class Worker {
       load_gradient(s.batch, at, head, keep_query[i] ? factor(s, at, head, sum) : A{0}, keep_query[i], g);
       shifts[i] = 0;
       if (p.by_sum && keep_query[i]) {
-        load_row(element<const T>(p.ungated, s.batch, at, head), p.ungated.stride[3], value_dim, row);
-        for (int e = 0; e < value_dim; ++e) {
-          shifts[i] += g[e] * row[e];
-        }
+        load_ungated(s.batch, at, head);
+        shifts[i] = total<A>(value_dim, [&](int e) { return g[e] * row[e]; });
       }
     }
+  }
+  // visit(a number of the type that `ungated` has).
+  template <class Visit>
+  void visit_ungated(Visit&& visit) const {
+    if (p.by_sum) {
+      visit(A{});
+    } else {
+      visit(T{});
+    }
+  }
+  void load_ungated(int64_t batch, int64_t at, int64_t head) {
+    visit_ungated([&](auto type) {
+      load_row(element<const decltype(type)>(p.ungated, batch, at, head), p.ungated.stride[3], value_dim, row);
+    });
   }
   // A row of grad_o, gated, times c; zeros where it is not kept.
   void load_gradient(int64_t batch, int64_t at, int64_t head, A c, bool kept, A* g) {

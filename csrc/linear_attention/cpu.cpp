@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "../common/check.h"
+#include "../cpu/ahead.h"
 #include "../cpu/gemm.h"
 #include "../cpu/isa.h"
 #include "../cpu/rows.h"
@@ -30,7 +31,7 @@ A dot(const A* x, const A* y, int n) {  // n counts whole vectors
   for (int i = 0; i < n; i += vector_t<A>::kLanes) {
     total = fma(load(x + i), load(y + i), total);
   }
-  return sum(total);
+  return sum(total).v[0];
 }
 
 // z = decay·y + c·x
@@ -103,37 +104,6 @@ struct Span {
 struct Rows {
   int64_t sequence, batch, row, place;  // of the first: row in memory, place in the sequence
   int count;
-};
-
-// Rows that will be needed soon, asked for a few lines at a time: rows of one head lie too far apart for the machine to
-// foresee them.
-class Ahead {
- public:
-  void forget() { queue_.clear(); }
-  void add(const void* row, int64_t bytes, int64_t stride_bytes, int count) {
-    queue_.push_back({static_cast<const char*>(row), bytes, stride_bytes, count});
-  }
-  void operator()() {
-    for (int lines = 0; lines < kLines && !queue_.empty();) {
-      Block& block = queue_.back();
-      for (int64_t at = 0; at < block.bytes; at += 64, ++lines) {
-        __builtin_prefetch(block.row + at);
-      }
-      block.row += block.stride;
-      if (--block.count <= 0) {
-        queue_.pop_back();
-      }
-    }
-  }
-
- private:
-  static constexpr int kLines = 32;  // as many as a core may wait for
-  struct Block {
-    const char* row;
-    int64_t bytes, stride;
-    int count;
-  };
-  std::vector<Block> queue_;
 };
 
 // What one thread works with. A is the type that arithmetic is done in; rows are padded with zeros to whole vectors.

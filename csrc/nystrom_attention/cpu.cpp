@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "../common/check.h"
+#include "../cpu/ahead.h"
 #include "../cpu/isa.h"
 #include "inverse.h"
 #include "problem.h"
@@ -107,6 +108,7 @@ class Worker {
  public:
   using V = vector_t<A>;
   static constexpr int kLanes = V::kLanes;
+  static constexpr bool kExact = std::is_same_v<T, A>;  // tensors hold what arithmetic gives
 
   Worker(const Problem& p, const std::vector<Sequence>& all)
       : p(p),
@@ -145,6 +147,7 @@ class Worker {
     clear_landmarks(task, p.landmarks_q, key_dim);
     for (int64_t first = task.rows.first; first < task.rows.last; first += kRows) {
       const int count = load_queries(s, task, first);
+      ahead.rest();
       pool(task, p.of_q, p.landmarks_q, first, count, q_rows, q_step, key_dim);
     }
     divide(task, p.of_q, p.landmarks_q, key_dim);
@@ -276,6 +279,7 @@ class Worker {
     const A* const summary = at_head(p.summary, task, value_dim);
     for (int64_t first = task.rows.first; first < task.rows.last; first += kRows) {
       const int count = load_queries(s, task, first);
+      ask_for(p.o, s, task, first, value_dim);
       if (by_queries) {
         for (int i = 0; i < count; ++i) {
           std::copy_n(summary + segment(task, p.of_q, first + i) * value_dim, value_dim,
@@ -289,22 +293,18 @@ class Worker {
         multiply(count, value_dim, m, scores, mw, 1, values, vw, o, vw, false);
       }
       if (taps > 0) {
+        ask_for(p.v, s, task, first + count + reach, value_dim);
         load_around(p.v, s, task, first, count, reach, p.key_mask, p.key_mask_stride, s.all_keys);
         convolve(count, o);
       }
-      for (int i = 0; i < count; ++i) {
-        A* const out = o + static_cast<size_t>(i) * vw;
-        if (!keep[i]) {
-          std::fill_n(out, value_dim, A{0});
-        }
-        store_row(out, value_dim, element<T>(p.o, s.batch, first + i, task.head), p.o.stride[3]);
-      }
+      store_block(p.o, s, task, first, count, value_dim, vw, o);
     }
   }
 
   // ---- Backward.
 
-  // What the task's queries add to ∂W [m, vw] and to ∂K̃ / a [m, kw].
+  // What the task's queries add to ∂W [m, vw] and to ∂K̃ / a [m, kw]; and ∂Q but for the landmarks' part, if that can be
+  // added to it later without rounding once more.
   void pass_queries(const Task& task, A* grad_weighted, A* grad_landmarks) {
     const Sequence& s = all[task.sequence];
     std::fill_n(grad_weighted, static_cast<size_t>(m) * vw, A{0});
@@ -326,6 +326,11 @@ class Worker {
       const int count = score_queries(s, task, first);
       multiply(m, value_dim, count, scores, 1, mw, v_rows, v_step, grad_weighted, vw, true);
       multiply(m, key_dim, count, grads, 1, mw, q_rows, q_step, grad_landmarks, kw, true);
+      if (kExact) {
+        ask_for(p.grad_q, s, task, first, key_dim);
+        multiply(count, key_dim, m, grads, mw, 1, scaled, kw, k, kw, false);
+        store_block(p.grad_q, s, task, first, count, key_dim, kw, k);
+      }
     }
   }
 
@@ -336,29 +341,29 @@ class Worker {
       return clear(p.grad_q, s, task, task.rows, key_dim);
     }
     const bool has_scores = s.road != Road::kByQueries, has_landmarks = s.road != Road::kByKeys;
-    if (has_scores) {
+    if (has_scores && !kExact) {
       prepare_queries(task);
-      const A* const landmarks = at_head(p.landmarks_k, task, key_dim);
-      pad_rows(landmarks, key_dim, scaled, kw, static_cast<A>(p.scale));
     }
     for (int64_t first = task.rows.first; first < task.rows.last; first += kRows) {
-      const int count = static_cast<int>(std::min<int64_t>(kRows, task.rows.last - first));
-      if (has_scores) {
-        score_queries(s, task, first);
-        multiply(count, key_dim, m, grads, mw, 1, scaled, kw, k, kw, false);
-      } else {
-        load_queries(s, task, first);
+      int count;
+      if (!has_scores) {
+        count = load_queries(s, task, first);
         std::fill_n(k, static_cast<size_t>(count) * kw, A{0});
-      }
-      for (int i = 0; i < count; ++i) {
-        A* const out = k + static_cast<size_t>(i) * kw;
-        if (!keep[i]) {
-          std::fill_n(out, key_dim, A{0});
-        } else if (has_landmarks) {
-          add_share(task, p.of_q, first + i, grad_landmarks, out);
+      } else if (kExact) {
+        count =
+            load_block(p.grad_q, p.query_mask, p.query_mask_stride, s, task, first, key_dim, kw, q, &q_rows, &q_step);
+        for (int i = 0; i < count; ++i) {
+          std::copy_n(q_rows + i * q_step, key_dim, k + static_cast<size_t>(i) * kw);
         }
-        store_row(out, key_dim, element<T>(p.grad_q, s.batch, first + i, task.head), p.grad_q.stride[3]);
+        ahead.rest();
+      } else {
+        count = score_queries(s, task, first);
+        multiply(count, key_dim, m, grads, mw, 1, scaled, kw, k, kw, false);
       }
+      if (has_landmarks) {
+        add_shares(task, p.of_q, first, count, grad_landmarks, k);
+      }
+      store_block(p.grad_q, s, task, first, count, key_dim, kw, k);
     }
   }
 
@@ -446,6 +451,8 @@ class Worker {
     for (int64_t first = task.rows.first; first < task.rows.last; first += kRows) {
       const int count = load_keys(s, task, first);
       load_values(s, task, first, count);
+      ask_for(p.grad_k, s, task, first, key_dim);
+      ask_for(p.grad_v, s, task, first, value_dim);
       if (by_keys) {
         for (int t = 0; t < count; ++t) {
           const int64_t i = segment(task, p.of_k, first + t);
@@ -473,17 +480,11 @@ class Worker {
         convolve(count, o);
         add_to_convolution(count, grad_conv);
       }
-      for (int t = 0; t < count; ++t) {
-        A *const of_k = q + static_cast<size_t>(t) * kw, *const of_v = o + static_cast<size_t>(t) * vw;
-        if (!keep[t]) {
-          std::fill_n(of_k, key_dim, A{0});
-          std::fill_n(of_v, value_dim, A{0});
-        } else if (has_landmarks) {
-          add_share(task, p.of_k, first + t, grad_landmarks, of_k);
-        }
-        store_row(of_k, key_dim, element<T>(p.grad_k, s.batch, first + t, task.head), p.grad_k.stride[3]);
-        store_row(of_v, value_dim, element<T>(p.grad_v, s.batch, first + t, task.head), p.grad_v.stride[3]);
+      if (has_landmarks) {
+        add_shares(task, p.of_k, first, count, grad_landmarks, q);
       }
+      store_block(p.grad_k, s, task, first, count, key_dim, kw, q);
+      store_block(p.grad_v, s, task, first, count, value_dim, vw, o);
     }
   }
 
@@ -519,7 +520,7 @@ class Worker {
   }
   void multiply(int rows, int n, int depth, const A* x, int64_t x_row, int64_t x_k, const A* y, int64_t y_row, A* to,
                 int64_t to_row, bool add_to) {
-    gemm(rows, n, depth, x, x_row, x_k, y, y_row, to, to_row, add_to, Part::kAll, [] {});
+    gemm(rows, n, depth, x, x_row, x_k, y, y_row, to, to_row, add_to, Part::kAll, [this] { ahead(); });
   }
   // to [dim, mw] = factor · xᵀ, x [m, dim].
   void turn(const A* x, int dim, A factor, A* to) {
@@ -549,6 +550,7 @@ class Worker {
   int load_block(const View& x, const uint8_t* mask, const int64_t* stride, const Sequence& s, const Task& task,
                  int64_t first, int dim, int width, A* buffer, const A** rows, int64_t* step) {
     const int count = static_cast<int>(std::min<int64_t>(kRows, task.rows.last - first));
+    ahead.forget();
     any_kept = false;
     bool all_kept = true;
     for (int i = 0; i < count; ++i) {
@@ -559,10 +561,19 @@ class Worker {
     place(x, s, task, first, count, dim, width, all_kept, buffer, rows, step);
     return count;
   }
+  // The rows of a block, or the first of it, will be needed soon.
+  void ask_for(const View& x, const Sequence& s, const Task& task, int64_t first, int dim) {
+    constexpr int64_t kBytes = sizeof(T);
+    if (first < task.rows.last) {
+      ahead.add(element<const T>(x, s.batch, first, task.head), dim * kBytes, x.stride[1] * kBytes,
+                static_cast<int>(std::min<int64_t>(kRows, task.rows.last - first)));
+    }
+  }
   // Products read rows where they lie, if they can.
   void place(const View& x, const Sequence& s, const Task& task, int64_t first, int count, int dim, int width,
              bool all_kept, A* buffer, const A** rows, int64_t* step) {
-    if constexpr (std::is_same_v<T, A>) {
+    ask_for(x, s, task, first + count, dim);
+    if constexpr (kExact) {
       if (all_kept && x.stride[3] == 1 && dim % kLanes == 0) {
         *rows = element<const T>(x, s.batch, first, task.head);
         *step = x.stride[1];
@@ -597,6 +608,17 @@ class Worker {
     return std::all_of(keep, keep + count, [](bool x) { return x; });
   }
 
+  // Rows [count, width] of a block to x, 0 where they are padding.
+  void store_block(const View& x, const Sequence& s, const Task& task, int64_t first, int count, int dim, int width,
+                   A* rows) {
+    for (int i = 0; i < count; ++i) {
+      A* const from = rows + static_cast<size_t>(i) * width;
+      if (!keep[i]) {
+        std::fill_n(from, dim, A{0});
+      }
+      store_row(from, dim, element<T>(x, s.batch, first + i, task.head), x.stride[3]);
+    }
+  }
   void clear(const View& x, const Sequence& s, const Task& head, Range rows, int dim) {
     std::fill_n(row, dim, A{0});
     for (int64_t t = rows.first; t < rows.last; ++t) {
@@ -627,11 +649,12 @@ class Worker {
       const int64_t end = i < 0 ? bounds[0] : i == m ? first + count : bounds[i + 1];
       const int stop = static_cast<int>(std::min<int64_t>(count, end - first));
       if (i >= 0 && i < m) {
-        std::fill_n(row, dim, A{0});
-        for (; t < stop; ++t) {
-          for (int d = 0; d < dim; ++d) {
-            row[d] += rows[t * step + d];
+        for (int d = 0; d < dim; d += kLanes) {
+          V total = all_of(0);
+          for (int u = t; u < stop; ++u) {
+            total = add(total, load(rows + u * step + d));
           }
+          store(row + d, total);
         }
         for (int d = 0; d < dim; ++d) {
           sums[i * dim + d] += row[d];
@@ -650,15 +673,20 @@ class Worker {
       }
     }
   }
-  // Adds to a row's gradient its part of that of the landmark it is in.
-  void add_share(const Task& task, const Segments& segments, int64_t at, const A* grad_landmarks, A* to) const {
-    const int64_t i = segment(task, segments, at);
-    if (i < 0 || i >= m) {
-      return;
-    }
-    const A divisor = static_cast<const A*>(segments.divisors)[task.sequence * m + i];
-    for (int d = 0; d < key_dim; ++d) {
-      to[d] += grad_landmarks[i * kw + d] / divisor;
+  // Adds to the gradients of a block of rows [count, kw] their parts of those of the landmarks that they are in.
+  void add_shares(const Task& task, const Segments& segments, int64_t first, int count, const A* grad_landmarks,
+                  A* to) {
+    const int64_t* const bounds = segments.bounds + task.sequence * (m + 1);
+    for (int64_t i = std::max<int64_t>(0, segment(task, segments, first)); i < m && bounds[i] < first + count; ++i) {
+      const A divisor = static_cast<const A*>(segments.divisors)[task.sequence * m + i];
+      for (int d = 0; d < key_dim; ++d) {
+        row[d] = grad_landmarks[i * kw + d] / divisor;
+      }
+      for (int64_t t = std::max(first, bounds[i]) - first; t < std::min(first + count, bounds[i + 1]) - first; ++t) {
+        for (int d = 0; d < key_dim; ++d) {
+          to[t * kw + d] += row[d];
+        }
+      }
     }
   }
 
@@ -682,16 +710,14 @@ class Worker {
       store(x + j, score);
       top = max(top, score);
     }
-    A lanes[kLanes];
-    store(lanes, top);
-    const V highest = all_of(*std::max_element(lanes, lanes + kLanes));
+    const V highest = largest(top);
     V total = all_of(0);
     for (int j = 0; j < mw; j += kLanes) {
       const V weight = exp(minus(load(x + j), highest));
       store(x + j, weight);
       total = add(total, weight);
     }
-    const V share = all_of(1 / sum(total));
+    const V share = div(all_of(1), sum(total));
     for (int j = 0; j < mw; j += kLanes) {
       store(x + j, mul(load(x + j), share));
     }
@@ -702,7 +728,7 @@ class Worker {
     for (int j = 0; j < mw; j += kLanes) {
       total = fma(load(x + j), load(g + j), total);
     }
-    const V shift = all_of(sum(total));
+    const V shift = sum(total);
     for (int j = 0; j < mw; j += kLanes) {
       store(g + j, mul(load(x + j), minus(load(g + j), shift)));
     }
@@ -710,32 +736,40 @@ class Worker {
   // Scores [count, mw] of keys as weights of landmarks of queries, under a maximum that may rise.
   void weigh(int count, A* highest, A* sums, A* sum_values) {
     A* const factors = of_landmarks;
-    bool rises = false;
+    const int whole = (count + kSums - 1) / kSums * kSums;
+    for (int t = 0; t < whole; ++t) {
+      if (t >= count || !keep[t]) {
+        std::fill_n(scores + static_cast<size_t>(t) * mw, mw, -std::numeric_limits<A>::infinity());
+      }
+    }
     for (int j = 0; j < mw; j += kLanes) {
       V top = load(highest + j);
       for (int t = 0; t < count; ++t) {
-        if (keep[t]) {
-          top = max(top, load(scores + static_cast<size_t>(t) * mw + j));
-        }
+        top = max(top, load(scores + static_cast<size_t>(t) * mw + j));
       }
-      const V factor = exp(minus(load(highest + j), top));
+      store(factors + j, exp(minus(load(highest + j), top)));
       store(highest + j, top);
-      store(factors + j, factor);
+    }
+    for (int j = 0; j < mw; j += kLanes) {
+      const V top = load(highest + j);
       V totals[kSums];  // of the block alone, and several: short sums round less
       std::fill_n(totals, kSums, all_of(0));
-      for (int t = 0; t < count; ++t) {
-        A* const x = scores + static_cast<size_t>(t) * mw + j;
-        const V weight = keep[t] ? exp(minus(load(x), top)) : all_of(0);
-        store(x, weight);
-        totals[t % kSums] = add(totals[t % kSums], weight);
+      for (int t = 0; t < whole; t += kSums) {
+        for (int i = 0; i < kSums; ++i) {
+          A* const x = scores + static_cast<size_t>(t + i) * mw + j;
+          const V weight = exp(minus(load(x), top));
+          store(x, weight);
+          totals[i] = add(totals[i], weight);
+        }
       }
       for (int n = kSums / 2; n > 0; n /= 2) {
         for (int i = 0; i < n; ++i) {
           totals[i] = add(totals[i], totals[i + n]);
         }
       }
-      store(sums + j, fma(load(sums + j), factor, totals[0]));
+      store(sums + j, fma(load(sums + j), load(factors + j), totals[0]));
     }
+    bool rises = false;
     for (int i = 0; i < m; ++i) {
       rises = rises || factors[i] != 1;
     }
@@ -746,8 +780,9 @@ class Worker {
     }
   }
 
-  // K̃ᵀ and Wᵀ, for scores of queries and their gradients.
+  // K̃ᵀ and Wᵀ, for scores of queries and their gradients, and K̃ for those of queries.
   void prepare_queries(const Task& task) {
+    pad_rows(at_head(p.landmarks_k, task, key_dim), key_dim, scaled, kw, static_cast<A>(p.scale));
     turn(at_head(p.landmarks_k, task, key_dim), key_dim, static_cast<A>(p.scale), turned);
     turn(at_head(p.weighted, task, value_dim), value_dim, 1, turned_values);
     hide_dead(task);
@@ -824,7 +859,7 @@ class Worker {
           total = fma(load(v_rows + t * v_step + e, value_dim - e), load(grad + e, value_dim - e), total);
         }
       }
-      grad_conv[j] += sum(total);
+      grad_conv[j] += sum(total).v[0];
     }
   }
 
@@ -839,6 +874,7 @@ class Worker {
   A *around = nullptr, *weights = nullptr;  // [kRows + taps, vw], [taps + 2·kTileRows]
   A* of_matrix = nullptr;                   // [m, mw]
   bool keep[kRows], any_kept;
+  Ahead ahead;
   std::vector<Buffer<A>> buffers_;
 };
 

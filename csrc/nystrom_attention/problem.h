@@ -58,6 +58,33 @@ void cpu_matrices(const Tensors& in, const Tensors& out, const Options& options,
 // grad_conv.
 void cpu_backward(const Tensors& in, const Tensors& out, const Options& options, int num_threads);
 
+// Tokens, landmarks and columns that a block on a GPU has at once: its parts of rows are whole tiles.
+constexpr int kCudaTile = 64;
+
+// How rows of queries, and of keys, are cut: rows of a part, and parts of a head.
+using CudaCuts = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+
+// As cpu, but for o and for what an inverse makes: landmarks_q, landmarks_k, summary, weighted and norms, from `sums`
+// of float32 [parts of keys, m, D + D_v + 2].
+void cuda_landmarks(const Tensors& in, const Tensors& out, const Options& options, const CudaCuts& cuts,
+                    const Tensor& sums, int device, intptr_t stream);
+// As cpu_matrices, from landmarks that are there. Workspaces of float32: columns [N·heads, m], and scratch.
+void cuda_matrices(const Tensors& in, const Tensors& out, const Options& options, const Tensors& workspaces, int device,
+                   intptr_t stream);
+// The rest of cpu: weighted and o. Workspaces as above.
+void cuda(const Tensors& in, const Tensors& out, const Options& options, const CudaCuts& cuts,
+          const Tensors& workspaces, int device, intptr_t stream);
+// As cpu_backward. Workspaces of float32: `sums`, as many as parts of queries need, [places, m, D + D_v], and those of
+// keys, [places, m, D]; of_landmarks [N·heads, m, D + D_v]; grad_summary [N·heads, m, D_v]; grad_landmarks_q and
+// grad_landmarks_k [N·heads, m, D]; columns, norms [N·heads], scratch. And of float64, zeros, conv_sums [places of
+// keys, κ], or null.
+void cuda_backward(const Tensors& in, const Tensors& out, const Options& options, const CudaCuts& cuts,
+                   const Tensors& workspaces, int device, intptr_t stream);
+// Numbers of scratch that a head needs.
+int64_t cuda_scratch(int64_t num_landmarks, const Options& options, bool backward, int device);
+// Whether a block has shared memory enough for elements of a dtype.
+bool cuda_fits(int dtype, int device);
+
 enum class Pass { kForward, kMatrices, kBackward };
 
 Problem make_problem(const Tensors& in, const Tensors& out, const Options& options, Pass pass);

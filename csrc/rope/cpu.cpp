@@ -107,12 +107,12 @@ void rotate_interleaved(const T* in, T* out, Angles<A> angles, int64_t n) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     const auto x = load(in + i);
-    put<kStream>(out + i, fma(x, load(angles.c + i), mul(swap_pairs(x), load(angles.s + i))));
+    put<kStream>(out + i, fma(x, load(angles.c + i), mul(swap_lanes<1>(x), load(angles.s + i))));
   }
   if (i < n) {
     const int tail = static_cast<int>(n - i);
     const auto x = load(in + i, tail);
-    store(out + i, fma(x, load(angles.c + i, tail), mul(swap_pairs(x), load(angles.s + i, tail))), tail);
+    store(out + i, fma(x, load(angles.c + i, tail), mul(swap_lanes<1>(x), load(angles.s + i, tail))), tail);
   }
 }
 

@@ -25,24 +25,14 @@ bool fits(const Problem& p, int64_t width) {
   return ok;
 }
 
-// True if `angles` neighbours of the tables can be read in vectors of up to 16 bytes.
-bool fits_tables(const Problem& p, int64_t angles) {
-  const int64_t size = size_of(p.table_dtype);
-  const int64_t bytes = angles * size < 16 ? angles * size : 16;
-  bool ok = p.cos_stride[2] == 1 && p.sin_stride[2] == 1;
-  ok = ok && aligned(p.cos) % bytes == 0 && aligned(p.sin) % bytes == 0;
-  for (int d = 0; d < 2; ++d) {
-    ok = ok && p.cos_stride[d] * size % bytes == 0 && p.sin_stride[d] * size % bytes == 0;
-  }
-  return ok;
-}
-
 template <class T, int W, bool kPairs>
 void launch_kernel(const Problem& p, Stream stream) {
   Plan plan{p, static_cast<unsigned>(ceil_div(p.x[0].heads, kHeads)), 0, false};
   const int64_t groups = plan.q_groups + (p.num_operands == 2 ? ceil_div(p.x[1].heads, kHeads) : 0);
   plan.units = static_cast<int>(kPairs ? ceil_div(p.half, W) : p.half / W);
-  plan.wide_tables = fits_tables(p, kPairs ? W / 2 : W);
+  const int64_t angles = kPairs ? W / 2 : W;
+  plan.wide_tables = wide_angles(p.cos, p.table_dtype, p.cos_stride, 2, angles) &&
+                     wide_angles(p.sin, p.table_dtype, p.sin_stride, 2, angles);
   // A block's threads along x share a row: at least a few, as they also copy what is not rotated.
   const int64_t copied = (p.head_dim - 2 * p.half) / W;
   const int64_t wanted = plan.units > copied ? plan.units : copied;

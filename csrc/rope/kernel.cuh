@@ -7,6 +7,7 @@
 #include "../cuda/convert.cuh"
 #include "../cuda/device.cuh"
 #include "../cuda/memory.cuh"
+#include "angles.cuh"
 #include "position.h"
 
 namespace kx::rope {
@@ -30,49 +31,18 @@ struct Strides {
 template <class T>
 using arithmetic_t = decltype(widen(T{}));
 
-// N neighbouring angles from pair `first` on.
-template <int N, class Table, class A>
-__device__ inline void load_angles(const Table* row, int64_t stride, bool wide, int64_t first, A* out) {
-  constexpr int kWidth = N * sizeof(Table) <= 16 ? N : 16 / sizeof(Table);
-  if (wide) {
-#pragma unroll
-    for (int i = 0; i < N; i += kWidth) {
-      const Vector<Table, kWidth> v = load_shared_by_many<kWidth>(row + first + i);
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) {
-        out[i + j] = static_cast<A>(widen(v.x[j]));
-      }
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      out[i] = static_cast<A>(widen(load_shared_by_many<1>(row + (first + i) * stride).x[0]));
-    }
-  }
-}
-
 // A unit's W angles: from pair `first` on, or (kPairs) half of them from there and half from `apart` pairs further.
 template <bool kPairs, class A, int W>
 __device__ inline void load_angles(const void* table, DType dtype, const int64_t* stride, Row row, bool wide, int first,
                                    int apart, A (&out)[W]) {
   const int64_t at = row.sequence * stride[0] + row.position * stride[1];
-  const auto load = [&](const auto* typed) {
+  with_table(table, dtype, [&](const auto* typed) {
     constexpr int kNeighbours = kPairs ? W / 2 : W;
     load_angles<kNeighbours>(typed + at, stride[2], wide, first, out);
     if constexpr (kPairs) {
       load_angles<kNeighbours>(typed + at, stride[2], wide, first + apart, out + W / 2);
     }
-  };
-  switch (dtype) {
-    case DType::kFloat64:
-      return load(static_cast<const double*>(table));
-    case DType::kBFloat16:
-      return load(static_cast<const bfloat16*>(table));
-    case DType::kFloat16:
-      return load(static_cast<const float16*>(table));
-    default:
-      return load(static_cast<const float*>(table));
-  }
+  });
 }
 
 template <class T>

@@ -87,9 +87,14 @@ def _capability_unsupported(index: int) -> str | None:
     return None if capability >= (8, 0) else f"compute capability {capability[0]}.{capability[1]} is below 8.0"
 
 
-def launch(name: str, device: torch.device, *arguments: object) -> None:
-    """Calls a CUDA entry point on the current stream of `device` (or its emulation, for tensors on the CPU)."""
+def cuda(device: torch.device) -> ModuleType:
+    """The extension whose CUDA kernels serve tensors of `device`."""
     extension = load("_emulation" if device.type == "cpu" else "_C")
     assert extension is not None
+    return extension
+
+
+def launch(name: str, device: torch.device, *arguments: object) -> None:
+    """Calls a CUDA entry point on the current stream of `device` (or its emulation, for tensors on the CPU)."""
     stream = 0 if device.type == "cpu" else torch._C._cuda_getCurrentRawStream(device.index)
-    getattr(extension, name)(*arguments, device.index or 0, stream)
+    getattr(cuda(device), name)(*arguments, device.index or 0, stream)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -64,16 +63,10 @@ def cuda_unsupported(p: GauProblem) -> str | None:
     return reason
 
 
-def _cuda(device: torch.device) -> ModuleType:
-    extension = native.load("_emulation" if device.type == "cpu" else "_C")
-    assert extension is not None
-    return extension
-
-
 @functools.cache
 def _fits(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a block has shared memory enough."""
-    return _cuda(device).gau_attention_cuda_fits(native.DTYPE_CODES[dtype], device.index or 0)
+    return native.cuda(device).gau_attention_cuda_fits(native.DTYPE_CODES[dtype], device.index or 0)
 
 
 def _longest(p: GauProblem) -> int:
@@ -86,7 +79,7 @@ def _tiles(p: GauProblem) -> int:
     """Of queries, at most."""
     packed = p.cu_seqlens is not None
     sequences = p.q.shape[0] if p.cu_seqlens is None else p.cu_seqlens.shape[0] - 1
-    return _cuda(p.device).gau_attention_cuda_tiles(p.q.shape[0], p.q.shape[1], sequences, packed)
+    return native.cuda(p.device).gau_attention_cuda_tiles(p.q.shape[0], p.q.shape[1], sequences, packed)
 
 
 def _operands(p: GauProblem) -> torch.dtype:
@@ -102,7 +95,7 @@ def _up(n: int, unit: int) -> int:
 def _fused_columns(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> int:
     """Columns of the values that a block on chip has, or 0 where it has no room."""
     code = native.DTYPE_CODES[dtype]
-    return _cuda(device).gau_attention_cuda_fused_columns(code, key_dim, value_dim, device.index or 0)
+    return native.cuda(device).gau_attention_cuda_fused_columns(code, key_dim, value_dim, device.index or 0)
 
 
 def _processors(device: torch.device) -> int:
@@ -117,7 +110,7 @@ def _slices_on_chip(p: GauProblem, room: int) -> int:
     if columns == 0:
         return 0
     slices = -(-e // columns)
-    few = slices <= ON_CHIP_SLICES or n_k <= ON_CHIP_KEYS or n_q <= _cuda(p.device).gau_attention_cuda_tile
+    few = slices <= ON_CHIP_SLICES or n_k <= ON_CHIP_KEYS or n_q <= native.cuda(p.device).gau_attention_cuda_tile
     idle = room * slices * (slices * s + e) < _processors(p.device) * (s + e)  # more than is made again
     return slices if few or idle or p.cu_seqlens is not None else 0
 
@@ -129,7 +122,7 @@ def _segment(p: GauProblem, slices: int) -> int:
     segments = 1 if blocks >= _processors(p.device) else 2 * _processors(p.device) // blocks
     part = 4 * p.q[..., 0].numel() * (_up(p.v.shape[3], 4) + 1)
     segments = max(1, min(segments, n_k // LEAST_SEGMENT, p.workspace // max(1, part)))
-    return _up(-(-n_k // segments), _cuda(p.device).gau_attention_cuda_tile)
+    return _up(-(-n_k // segments), native.cuda(p.device).gau_attention_cuda_tile)
 
 
 def _run_fused(p: GauProblem, slices: int, results: Results) -> None:
@@ -150,7 +143,7 @@ def run_cuda(p: GauProblem) -> Results:
         for x in results:  # rows of no sequence
             if x is not None:
                 x.zero_()
-    tile, keys, dtype = _cuda(p.device).gau_attention_cuda_tile, _longest(p), _operands(p)
+    tile, keys, dtype = native.cuda(p.device).gau_attention_cuda_tile, _longest(p), _operands(p)
     size = tile * max(tile, _up(keys, tile))
     room = p.workspace // (size * dtype.itemsize)
     slices = _slices_on_chip(p, room)
@@ -170,7 +163,7 @@ def run_cuda_backward(p: GauProblem, results: Results, grad_o: Tensor) -> Gradie
         for x in gradients[:3]:
             x.zero_()
     bias = None if gradients.bias is None else torch.zeros_like(gradients.bias, memory_format=torch.contiguous_format)
-    tile, keys, dtype = _cuda(p.device).gau_attention_cuda_tile, _longest(p), _operands(p)
+    tile, keys, dtype = native.cuda(p.device).gau_attention_cuda_tile, _longest(p), _operands(p)
     rows = p.q.shape[:3]
     column = 2 * p.q[..., 0].numel() * tile * dtype.itemsize  # a tile of keys, of both workspaces
     most = max(1, _up(keys, tile) // tile)

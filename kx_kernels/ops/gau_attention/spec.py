@@ -185,8 +185,7 @@ CASES = {
     # Heads too wide for scores on chip; and a cache so long that its keys are cut into segments.
     "s130": replace(PLAIN, key_dim=130, queries=130, keys=140, batch=1, causal=True),
     "s130_packed": replace(PLAIN, key_dim=130, lengths=(3, 0, 130), normalizer="sum"),
-    "cache": replace(PLAIN, queries=3, keys=520, padding="left", bias="shared", causal=True),
-    "cache_sum": replace(PLAIN, queries=3, keys=520, padding="left", normalizer="sum", causal=True),
+    "cache": replace(PLAIN, queries=3, keys=520, padding="left", bias="shared", normalizer="sum", causal=True),
     "s32": replace(PLAIN, key_dim=32, value_dim=64, queries=20),
     "s64": replace(PLAIN, key_dim=64, value_dim=512, queries=20, batch=1),
     "s128": replace(PLAIN, key_dim=128, value_dim=768, queries=20, batch=1),

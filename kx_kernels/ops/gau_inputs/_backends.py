@@ -69,11 +69,8 @@ def _run_reference_backward(p: Problem, grads: Sequence[Tensor]) -> Gradients:
 def backends() -> tuple[dispatch.Backend, ...]:
     from . import _native, _triton
 
-    def absent(p: Problem) -> str:
-        return "it has no such kernel yet"
-
     return (
-        dispatch.Backend("cuda", absent, absent),
+        dispatch.Backend("cuda", _native.cuda_unsupported, _native.run_cuda, _native.run_cuda_backward),
         dispatch.Backend("triton", _triton.unsupported, _triton.run, _triton.run_backward),
         dispatch.Backend("cpu", _native.cpu_unsupported, _native.run_cpu, _native.run_cpu_backward),
         dispatch.Backend("reference", lambda problem: None, _run_reference, _run_reference_backward),

@@ -39,3 +39,26 @@ def run_cpu_backward(p: GauInputsProblem, grads: Sequence[Tensor]) -> Gradients:
     inputs = _raw([*p.tensors, *_with_gate(p, grads)])
     extension.gau_inputs_cpu_backward(inputs, _raw(gradients), p.options, torch.get_num_threads())
     return gradients
+
+
+def cuda_unsupported(p: GauInputsProblem) -> str | None:
+    reason = native.cuda_unsupported(p.device)
+    if reason is None:
+        heads, most = p.gamma.shape[0], native.cuda(p.device).gau_inputs_cuda_heads
+        return f"gamma has {heads} heads; a launch takes {most} at most" if heads > most else None
+    return reason
+
+
+def run_cuda(p: GauInputsProblem) -> list[Tensor]:
+    results = empty_results(p)
+    native.launch("gau_inputs_cuda", p.device, _raw(p.tensors), _raw(_with_gate(p, results)), p.options)
+    return results
+
+
+def run_cuda_backward(p: GauInputsProblem, grads: Sequence[Tensor]) -> Gradients:
+    gradients = empty_gradients(p)
+    blocks = native.cuda(p.device).gau_inputs_cuda_sums(native.DTYPE_CODES[p.z.dtype], *p.z.shape)
+    sums = p.z.new_empty((blocks, 2, *p.gamma.shape), dtype=torch.float64)
+    inputs = _raw([*p.tensors, *_with_gate(p, grads)])
+    native.launch("gau_inputs_cuda_backward", p.device, inputs, _raw(gradients), p.options, native.raw(sums))
+    return gradients

@@ -276,7 +276,7 @@ SPEC = OpSpec(
     name="gau_inputs",
     function=gau_inputs,
     reference=reference,
-    backends=("triton", "cpu", "reference"),
+    backends=("cuda", "triton", "cpu", "reference"),
     dtypes=DTYPES,
     cannot={("triton", "cpu", torch.bfloat16): "truncates to bfloat16"},
     eager={},
@@ -293,6 +293,7 @@ SPEC = OpSpec(
     metered=metered,
     passes=passes,
     promises=(
+        KernelPromise("cuda", max_registers=80, blocks=3),  # with code for tables and rows of every kind
         # A thread has less than 16 bytes of half a head or of a part of it; positions are scalars.
         KernelPromise("triton", "half|flash|packed", max_registers=128, wide=0.4, blocks=2),
         KernelPromise("triton", max_registers=128, wide=0.7, blocks=2),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -55,16 +54,10 @@ def cuda_unsupported(p: MixedProblem) -> str | None:
     return reason
 
 
-def _cuda(device: torch.device) -> ModuleType:
-    extension = native.load("_emulation" if device.type == "cpu" else "_C")
-    assert extension is not None
-    return extension
-
-
 @functools.cache
 def _fits(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a block, one of gated attention's, has shared memory enough."""
-    return _cuda(device).gau_attention_cuda_fits(native.DTYPE_CODES[dtype], device.index or 0)
+    return native.cuda(device).gau_attention_cuda_fits(native.DTYPE_CODES[dtype], device.index or 0)
 
 
 def _longest(p: MixedProblem) -> int:
@@ -76,7 +69,7 @@ def _chunks(p: MixedProblem) -> int:
     """Places for chunks."""
     packed = p.cu_seqlens is not None
     sequences = p.v.shape[0] if p.cu_seqlens is None else p.cu_seqlens.shape[0] - 1
-    return _cuda(p.device).mixed_chunk_attention_cuda_chunks(*p.v.shape[:2], sequences, packed, p.chunk_size)
+    return native.cuda(p.device).mixed_chunk_attention_cuda_chunks(*p.v.shape[:2], sequences, packed, p.chunk_size)
 
 
 def _up(n: int, unit: int) -> int:
@@ -85,7 +78,7 @@ def _up(n: int, unit: int) -> int:
 
 def _tiles(p: MixedProblem, longest: int) -> int:
     """Of a chunk's tokens."""
-    tile = _cuda(p.device).gau_attention_cuda_tile
+    tile = native.cuda(p.device).gau_attention_cuda_tile
     return _up(max(longest, 1), tile) // tile
 
 
@@ -101,7 +94,7 @@ def _rows(p: MixedProblem, width: int) -> Tensor:
 
 
 def _scores(p: MixedProblem, longest: int) -> Tensor:
-    return _rows(p, _tiles(p, longest) * _cuda(p.device).gau_attention_cuda_tile)
+    return _rows(p, _tiles(p, longest) * native.cuda(p.device).gau_attention_cuda_tile)
 
 
 def _states(p: MixedProblem) -> tuple[Tensor, Tensor]:
@@ -133,7 +126,7 @@ def run_cuda_backward(p: MixedProblem, results: Results, grad_o: Tensor) -> Grad
             x.zero_()
     bias = None if gradients.bias is None else torch.empty_like(gradients.bias, memory_format=torch.contiguous_format)
     longest = _longest(p)
-    tiles, tile = _tiles(p, longest), _cuda(p.device).gau_attention_cuda_tile
+    tiles, tile = _tiles(p, longest), native.cuda(p.device).gau_attention_cuda_tile
     diagonals = (_chunks(p), tiles, tiles, p.quad_q.shape[2], 2 * tile)
     workspaces = (
         _scores(p, longest),

@@ -182,8 +182,9 @@ CASES = {
     "n65": replace(SHORT, queries=65),
     "n130": replace(SHORT, queries=130),
     "m1": replace(SHORT, landmarks=1),
-    **{f"m{m}": replace(PLAIN, landmarks=m, queries=140, batch=1, heads=1) for m in (16, 30, 33, 48, 64, 100, 128)},
-    "m256": replace(PLAIN, landmarks=256, queries=270, batch=1, heads=1),
+    **{f"m{m}": replace(PLAIN, landmarks=m, queries=140, batch=1, heads=1) for m in (16, 30, 33, 48, 64)},
+    **{f"m{m}": replace(SHORT, landmarks=m, queries=140) for m in (100, 128)},
+    "m256": replace(SHORT, landmarks=256, queries=270, iterations=0),
     "d64": replace(SHORT, dim=64, value_dim=64),
     "d256": replace(SHORT, dim=256, value_dim=200),
     "d1": replace(SHORT, dim=1, value_dim=1),
@@ -297,9 +298,13 @@ SPEC = OpSpec(
     name="nystrom_attention",
     function=nystrom_attention,
     reference=reference,
-    backends=("triton", "cpu", "reference"),
+    backends=("cuda", "triton", "cpu", "reference"),
     dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
-    cannot={("triton", "cpu", torch.bfloat16): "truncates to bfloat16"},
+    cannot={
+        ("cuda", "cpu", torch.float64): "those of tensor cores",
+        ("cuda", "cuda", torch.float64): "those of tensor cores",
+        ("triton", "cpu", torch.bfloat16): "truncates to bfloat16",
+    },
     eager={},
     differentiable=("q", "k", "v", "conv_weight"),
     cases=CASES,
@@ -314,6 +319,22 @@ SPEC = OpSpec(
     metered=metered,
     passes=passes,
     promises=(
+        KernelPromise("cuda", "pool|combine|sum_kernel"),
+        KernelPromise("cuda", "inverse", tensor_core=True, shared=154 << 10),  # for 64 landmarks
+        KernelPromise("cuda", " float32", tensor_core=True, async_copies=True, shared=138 << 10, may_spill=True),
+        KernelPromise("cuda", " float16", tensor_core=True, shared=138 << 10, may_spill=True),  # converted on the way
+        KernelPromise(  # for more than 64 landmarks: 16 bytes, on sm_100a
+            "cuda",
+            "keys_backward_kernel bfloat16 1 0",
+            tensor_core=True,
+            async_copies=True,
+            shared=110 << 10,
+            may_spill=True,
+        ),
+        KernelPromise(
+            "cuda", "backward_kernel|queries_kernel bfloat16 0", tensor_core=True, async_copies=True, shared=110 << 10
+        ),
+        KernelPromise("cuda", tensor_core=True, async_copies=True, shared=74 << 10, blocks=2),
         KernelPromise("triton", "pool|combine|sum_kernel"),
         KernelPromise("triton", "form", tensor_core=True, async_copies=True, may_spill=True),
         KernelPromise("triton", "bfloat16", wide=0.35, tensor_core=True, async_copies=True),
