@@ -18,5 +18,7 @@ def rows(module: str, op: str, device: str) -> list[dict[str, Any]]:
     """
     environment = dict(os.environ) | ({"TRITON_INTERPRET": "1"} if device == "cpu" else {})
     command = [sys.executable, "-W", "ignore", "-m", module, op, device]
-    result = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"{module}: " + (result.stderr.strip().splitlines() or ["it ended without a word"])[-1])
     return json.loads(result.stdout)
