@@ -54,7 +54,8 @@ def device_name(device: str) -> str:
         return torch.cuda.get_device_name()
     cpu = _cpu()
     name = cpu.get("Model name", "").strip() or platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    widest = torch.backends.cpu.get_cpu_capability().replace("DEFAULT", "portable").replace("_", "-")  # AVX2, AVX512
+    return f"{name}, {torch.get_num_threads()} threads, {widest}"
 
 
 def slug(name: str) -> str:
