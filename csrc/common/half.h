@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "dtype.h"
+
 namespace kx {
 
 struct bfloat16 {
@@ -67,6 +69,21 @@ static inline float16 to_float16(float x) {
   // Adding 0.5 leaves the subnormal's 10 bits, rounded, at the bottom of the mantissa.
   const uint32_t shifted = bits_of(float_of(magnitude) + 0.5f);
   return {static_cast<uint16_t>(sign | (shifted - 0x3f000000u))};
+}
+
+// visit(x), x of the type that `dtype` names. (A visitor's own type makes each of these a function of its caller's.)
+template <class Visit>
+static inline void with_float(DType dtype, Visit&& visit) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return visit(double{});
+    case DType::kBFloat16:
+      return visit(bfloat16{});
+    case DType::kFloat16:
+      return visit(float16{});
+    default:
+      return visit(float{});
+  }
 }
 
 }  // namespace kx

@@ -13,6 +13,15 @@ const char* isa_name();  // "portable", "avx2" or "avx512", of isa()
 
 }  // namespace kx
 
+// Declares a function of the namespaces that are compiled elsewhere.
+#define KX_DECLARE_FOR_ISAS(...) \
+  namespace avx2 {               \
+  __VA_ARGS__                    \
+  }                              \
+  namespace avx512 {             \
+  __VA_ARGS__                    \
+  }
+
 // Calls `function` of the namespace that this machine should run.
 #ifdef KX_HAS_avx2
 #define KX_CASE_AVX2(function, ...) \

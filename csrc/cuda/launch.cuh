@@ -46,25 +46,40 @@ class DeviceGuard {
   bool switched_ = false;
 };
 
-// Bytes of shared memory that a launch can ask for on the current device.
-inline size_t max_shared_bytes() {
-  int device = 0, bytes = 0;
+// Of the current device.
+inline int attribute(cudaDeviceAttr which, const char* what) {
+  int device = 0, value = 0;
   check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory");
-  return static_cast<size_t>(bytes);
+  check_cuda(cudaDeviceGetAttribute(&value, which, device), what);
+  return value;
+}
+// Bytes of shared memory that a launch can ask for.
+inline size_t max_shared_bytes() {
+  return static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, "shared memory"));
+}
+inline int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount, "multiprocessors"); }
+inline bool is_of_capability(int major) {
+  return attribute(cudaDevAttrComputeCapabilityMajor, "compute capability") == major &&
+         attribute(cudaDevAttrComputeCapabilityMinor, "compute capability") == 0;
 }
 
 // Whether the current device runs kernels as code for sm_90a, which has wgmma.
 inline bool has_wgmma() {
 #ifdef KX_HAS_SM90A
-  int device = 0, major = 0, minor = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "compute capability");
-  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "compute capability");
-  return major == 9 && minor == 0;
+  return is_of_capability(9);
 #else
   return false;
 #endif
+}
+
+// Whether it runs them as code that has clusters.
+inline bool has_clusters() {
+#ifdef KX_HAS_SM100A
+  if (is_of_capability(10)) {
+    return true;
+  }
+#endif
+  return has_wgmma();
 }
 
 struct Launch {
@@ -93,6 +108,41 @@ void launch(void (*kernel)(Parameters...), const Launch& how, std::remove_const_
   config.numAttrs = how.cluster.x * how.cluster.y * how.cluster.z > 1 ? 1 : 0;
   check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), "kernel launch");
 }
+
+// A second stream of this thread, for what may run while `stream` goes on. It begins when all that `stream` has so far
+// is done; what `stream` is given after join() begins when all that the second one has is done.
+class Beside {
+ public:
+  explicit Beside(Stream stream) : from_(stream) {
+    check_cuda(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "an event");
+    order(from_, this->stream());
+  }
+  ~Beside() { cudaEventDestroy(event_); }
+  Beside(const Beside&) = delete;
+  Beside& operator=(const Beside&) = delete;
+
+  Stream stream() const {
+    constexpr int kDevices = 64;
+    thread_local Stream streams[kDevices] = {};  // as long as the thread and its context
+    int device = 0;
+    check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+    Stream& own = streams[device % kDevices];
+    if (own == nullptr) {
+      check_cuda(cudaStreamCreateWithFlags(&own, cudaStreamNonBlocking), "a stream");
+    }
+    return own;
+  }
+  void join() { order(stream(), from_); }
+
+ private:
+  void order(Stream first, Stream second) {
+    check_cuda(cudaEventRecord(event_, first), "an event");
+    check_cuda(cudaStreamWaitEvent(second, event_, 0), "an event");
+  }
+
+  const Stream from_;
+  cudaEvent_t event_{};
+};
 
 }  // namespace kx
 

@@ -14,10 +14,24 @@ class DeviceGuard {
 
 namespace emulation {
 constexpr size_t kMaxSharedBytes = 232448;  // sm_90
+constexpr int kMultiprocessors = 8;         // few, so that small problems have as many blocks
 }  // namespace emulation
 
 inline size_t max_shared_bytes() { return emulation::kMaxSharedBytes; }
+inline int multiprocessors() { return emulation::kMultiprocessors; }
 inline bool has_wgmma() { return emulation::finds_wgmma(); }
+inline bool has_clusters() { return emulation::finds_wgmma(); }
+
+// The second of two streams: what it is given has run when the call returns, as on the first one.
+class Beside {
+ public:
+  explicit Beside(Stream stream) : stream_(stream) {}
+  Stream stream() const { return stream_; }
+  void join() {}
+
+ private:
+  const Stream stream_;
+};
 
 struct Launch {
   dim3 grid, block;

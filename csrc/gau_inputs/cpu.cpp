@@ -63,16 +63,9 @@ void widen_row(const T* from, int64_t stride, int64_t n, A* to) {
 }
 template <class A>
 void widen_row(DType dtype, const void* from, int64_t first, int64_t stride, int64_t n, A* to) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return widen_row(static_cast<const double*>(from) + first, stride, n, to);
-    case DType::kBFloat16:
-      return widen_row(static_cast<const bfloat16*>(from) + first, stride, n, to);
-    case DType::kFloat16:
-      return widen_row(static_cast<const float16*>(from) + first, stride, n, to);
-    default:
-      return widen_row(static_cast<const float*>(from) + first, stride, n, to);
-  }
+  with_float(dtype, [&](auto example) {
+    widen_row(static_cast<const decltype(example)*>(from) + first, stride, n, to);
+  });
 }
 
 // gamma or beta, widened once for all rows: [heads, padded(key_dim)].
@@ -308,32 +301,17 @@ void backward(const Problem& p, int threads) {
 }  // namespace
 
 void run(const Problem& p, bool is_backward, int num_threads) {
-  const auto with = [&](auto example) {
+  with_float(p.dtype, [&](auto example) {
     using T = decltype(example);
     is_backward ? backward<T>(p, std::max(1, num_threads)) : forward<T>(p, std::max(1, num_threads));
-  };
-  switch (p.dtype) {
-    case DType::kFloat64:
-      return with(double{});
-    case DType::kBFloat16:
-      return with(bfloat16{});
-    case DType::kFloat16:
-      return with(float16{});
-    default:
-      return with(float{});
-  }
+  });
 }
 
 }  // namespace KX_ISA
 
 #ifdef KX_ISA_portable
 
-namespace avx2 {
-void run(const Problem& p, bool is_backward, int num_threads);
-}
-namespace avx512 {
-void run(const Problem& p, bool is_backward, int num_threads);
-}
+KX_DECLARE_FOR_ISAS(void run(const Problem& p, bool is_backward, int num_threads);)
 
 void cpu(const Tensors& in, const Tensors& out, const Options& options, int num_threads) {
   const Problem p = make_problem(in, out, options, false);

@@ -446,16 +446,11 @@ class Worker {
     }
   }
   A angle(const void* table, int64_t at) const {
-    switch (p.table_dtype) {
-      case DType::kFloat64:
-        return static_cast<A>(static_cast<const double*>(table)[at]);
-      case DType::kBFloat16:
-        return widen(static_cast<const bfloat16*>(table)[at]);
-      case DType::kFloat16:
-        return widen(static_cast<const float16*>(table)[at]);
-      default:
-        return static_cast<const float*>(table)[at];
-    }
+    A out = 0;
+    with_float(p.table_dtype, [&](auto example) {
+      out = static_cast<A>(widen(static_cast<const decltype(example)*>(table)[at]));
+    });
+    return out;
   }
 
   // y = x, every row turned by its position's angles times `direction`.
@@ -858,32 +853,17 @@ void backward(const Problem& p, int num_threads) {
 }  // namespace
 
 void run(const Problem& p, bool is_backward, int num_threads) {
-  const auto with = [&](auto example) {
+  with_float(p.dtype, [&](auto example) {
     using T = decltype(example);
     is_backward ? backward<T>(p, num_threads) : forward<T>(p, num_threads);
-  };
-  switch (p.dtype) {
-    case DType::kFloat64:
-      return with(double{});
-    case DType::kBFloat16:
-      return with(bfloat16{});
-    case DType::kFloat16:
-      return with(float16{});
-    default:
-      return with(float{});
-  }
+  });
 }
 
 }  // namespace KX_ISA
 
 #ifdef KX_ISA_portable
 
-namespace avx2 {
-void run(const Problem& p, bool is_backward, int num_threads);
-}
-namespace avx512 {
-void run(const Problem& p, bool is_backward, int num_threads);
-}
+KX_DECLARE_FOR_ISAS(void run(const Problem& p, bool is_backward, int num_threads);)
 
 void cpu(const Tensors& in, const Tensors& out, const Options& options, int num_threads) {
   const Problem p = make_problem(in, out, options, false);

@@ -342,32 +342,17 @@ void backward(const Problem& p, int threads) {
 }  // namespace
 
 void run(const Problem& p, bool is_backward, int num_threads) {
-  const auto with = [&](auto example) {
+  with_float(p.dtype, [&](auto example) {
     using T = decltype(example);
     is_backward ? backward<T>(p, std::max(1, num_threads)) : forward<T>(p, std::max(1, num_threads));
-  };
-  switch (p.dtype) {
-    case DType::kFloat64:
-      return with(double{});
-    case DType::kBFloat16:
-      return with(bfloat16{});
-    case DType::kFloat16:
-      return with(float16{});
-    default:
-      return with(float{});
-  }
+  });
 }
 
 }  // namespace KX_ISA
 
 #ifdef KX_ISA_portable
 
-namespace avx2 {
-void run(const Problem& p, bool is_backward, int num_threads);
-}
-namespace avx512 {
-void run(const Problem& p, bool is_backward, int num_threads);
-}
+KX_DECLARE_FOR_ISAS(void run(const Problem& p, bool is_backward, int num_threads);)
 
 void cpu(const Tensors& in, const Tensors& out, const Options& options, int num_threads) {
   const Problem p = make_problem(in, out, options, false);

@@ -258,12 +258,15 @@ __device__ __forceinline__ float iterate_backward(const Plan& plan, Inverse& of,
   } else {
     const float norm = of.norm() * (1 + static_cast<float>(p.ridge));
     of.begin(z, a, norm);
-    const Matrix first = gradient_of_steps(of, a, grad);
-    float product = 0;
+    const Matrix first = gradient_of_steps(of, a, grad), products = of.matrix(4);
     of.for_each([&](int i, int j) {
-      product += *first.at(j, i) * *z.at(j, i);
+      *products.at(j, i) = *first.at(j, i) * *z.at(j, i);
       *grad.at(i, j) += *first.at(j, i) / norm;
     });
+    float product = 0;
+    for (int at = threadIdx.x; at < of.side * of.side; at += kInverseThreads) {
+      product += *products.at(at / of.side, at % of.side);
+    }
     of_norm = -of.sum(product);
     z = of.matrix(kStates + p.iterations);
   }
@@ -277,7 +280,7 @@ __device__ __forceinline__ float iterate_backward(const Plan& plan, Inverse& of,
 // S₂ of ∂A, ∂K̃, and ∂Q̃ / a but for what keys add to it.
 __device__ __forceinline__ void finish_backward(const Plan& plan, Inverse& of, Matrix a, Matrix grad, float of_norm) {
   const Problem& p = plan.p;
-  const int m = of.m, dim = static_cast<int>(p.key_dim), lane = threadIdx.x % 32;
+  const int m = of.m, dim = static_cast<int>(p.key_dim), lane = of.thread % 32;
   const float ridge = static_cast<float>(p.ridge), scale = static_cast<float>(p.scale);
   const float* const columns = of.columns();
   float norm = 1, share = 0;  // of those columns whose sum is the norm
@@ -299,7 +302,7 @@ __device__ __forceinline__ void finish_backward(const Plan& plan, Inverse& of, M
     }
     share = total / norm / ties;
   }
-  for (int i = threadIdx.x / 32; i < m; i += kInverseWarps) {
+  for (int i = of.thread / 32; i < m; i += of.threads / 32) {
     const auto weight = [&](int j) { return *a.at(i, j) - (i == j ? ridge : 0); };
     const auto gradient = [&](int j) { return *grad.at(i, j) + (columns[j] == norm ? share : 0); };
     float product = 0;
@@ -313,7 +316,7 @@ __device__ __forceinline__ void finish_backward(const Plan& plan, Inverse& of, M
       *grad.at(i, j) = weight(j) * (gradient(j) - product);
     }
   }
-  __syncthreads();
+  of.meet();
   const float *const q = of.landmarks(p.landmarks_q, dim), *const k = of.landmarks(p.landmarks_k, dim);
   const float* const by_queries = plan.of_landmarks + of.unit * m * (p.key_dim + p.value_dim) + m * p.value_dim;
   float* const grad_q = plan.grad_landmarks_q + of.unit * m * dim;
@@ -331,19 +334,19 @@ __global__ void __launch_bounds__(kInverseThreads, 1)
     nystrom_inverse_backward_kernel(const __grid_constant__ Plan plan) {
   InverseShared& shared = shared_memory<InverseShared>();
   const Problem& p = plan.p;
-  Inverse of(plan, shared, reinterpret_cast<float*>(&shared + 1), static_cast<int>(blockIdx.x));
+  Inverse of(plan, shared, reinterpret_cast<float*>(&shared + 1));
   const int m = of.m;
   if (road_of(p, of.n) != Road::kNystrom) {
     const float* const sums = plan.of_landmarks + of.unit * m * (p.key_dim + p.value_dim);
     const int of_values = m * static_cast<int>(p.value_dim), of_keys = m * static_cast<int>(p.key_dim);
-    for (int at = threadIdx.x; at < of_values; at += kInverseThreads) {
+    for (int at = of.thread; at < of_values; at += of.threads) {
       plan.grad_summary[of.unit * of_values + at] = sums[at];
     }
-    for (int at = threadIdx.x; at < of_keys; at += kInverseThreads) {
+    for (int at = of.thread; at < of_keys; at += of.threads) {
       plan.grad_landmarks_k[of.unit * of_keys + at] = static_cast<float>(p.scale) * sums[of_values + at];
       plan.grad_landmarks_q[of.unit * of_keys + at] = 0;
     }
-    if (kRole == Role::kIterate && threadIdx.x == 0) {
+    if (kRole == Role::kIterate && of.thread == 0) {
       plan.norms[of.unit] = 0;
     }
     return;
@@ -355,7 +358,7 @@ __global__ void __launch_bounds__(kInverseThreads, 1)
     of_norm = iterate_backward(plan, of, a, grad);
   }
   if constexpr (kRole == Role::kIterate) {
-    if (threadIdx.x == 0) {
+    if (of.thread == 0) {
       plan.norms[of.unit] = of_norm;
     }
   } else {

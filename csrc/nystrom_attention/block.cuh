@@ -37,6 +37,8 @@ struct Plan {
   float* scratch;                              // [units, …]: matrices that have no room on chip
   int side;                                    // of a matrix: m, whole tiles of 16
   int on_chip, off_chip;                       // matrices
+  int blocks;                                  // that a head's matrix has
+  bool pooled;                                 // landmarks of keys are there before keys are met
 };
 
 __host__ __device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }

@@ -1,4 +1,6 @@
 // Launches the kernels of a call.
+#include <optional>
+
 #include "../common/check.h"
 #include "../cuda/launch.cuh"
 #include "backward.cuh"
@@ -11,9 +13,11 @@ namespace {
 
 int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Which matrices of a head are in shared memory, and how many are not.
+constexpr int kMostBlocks = 8;  // of a cluster, everywhere
+
+// Which matrices of a head are in shared memory, and how many are not; and for how many blocks a head has work.
 struct Memory {
-  int on_chip, off_chip;
+  int on_chip, off_chip, most_blocks;
   size_t bytes;  // of shared memory
 
   Memory(int64_t m, int wanted, int total) {
@@ -21,6 +25,7 @@ struct Memory {
     const bool fits = sizeof(InverseShared) + static_cast<size_t>(wanted) * size <= max_shared_bytes();
     on_chip = fits ? wanted : 0;
     off_chip = total - on_chip;
+    most_blocks = on_chip > 0 || m <= kTile || !has_clusters() ? 1 : kMostBlocks;
     bytes = sizeof(InverseShared) + static_cast<size_t>(on_chip) * size;
   }
 
@@ -32,6 +37,7 @@ Memory memory_of(Role role, int64_t m, Init init, int iterations) {
   switch (role) {
     case Role::kMeasure:
       return {m, 1, 1};
+    case Role::kInvert:
     case Role::kWeigh:
       return inverted ? Memory{m, 0, 0} : Memory{m, kForwardMatrices, kForwardMatrices};
     default:  // matrices that one launch leaves to another are not on chip
@@ -54,10 +60,12 @@ void with_type(DType dtype, Visit&& visit) {
 
 template <class Argument>
 void start(void (*kernel)(Argument), const std::remove_const_t<Argument>& argument, int64_t blocks, int threads,
-           size_t bytes, Stream stream) {
+           size_t bytes, Stream stream, int cluster = 1) {
   KX_CHECK(blocks < (int64_t{1} << 31), "nystrom_attention: more blocks than a launch holds");
   if (blocks > 0) {
-    launch(kernel, Launch{dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), bytes, stream},
+    launch(kernel,
+           Launch{dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), bytes, stream,
+                  dim3(static_cast<unsigned>(cluster))},
            argument);
   }
 }
@@ -105,16 +113,32 @@ class Call {
   void of_numbers(void (*kernel)(Argument), const std::remove_const_t<Argument>& argument, int64_t numbers) const {
     start(kernel, argument, up(numbers, kThreads), kThreads, 0, on_);
   }
+  // A block to a head, or several, as many as there are processors for.
   template <class Shared>
   void of_tokens(void (*kernel)(Plan), int64_t blocks) const {
     KX_CHECK(sizeof(Shared) <= max_shared_bytes(), "nystrom_attention: a block needs more shared memory");
     start(kernel, plan, blocks, kThreads, sizeof(Shared), on_);
   }
-  void of_matrices(void (*kernel)(Plan), Role role) {
+  void of_matrices(void (*kernel)(Plan), Role role) { of_matrices(kernel, role, on_); }
+  void of_matrices(void (*kernel)(Plan), Role role, Stream stream) {
     const Memory memory = memory_of(role, p.num_landmarks, p.init, p.iterations);
     plan.on_chip = memory.on_chip;
     plan.off_chip = memory.off_chip;
-    start(kernel, plan, units(), kInverseThreads, memory.bytes, on_);
+    plan.blocks = memory.most_blocks;
+    while (plan.blocks > 1 && plan.blocks * units() > multiprocessors()) {
+      plan.blocks /= 2;
+    }
+    start(kernel, plan, plan.blocks * units(), kInverseThreads, memory.bytes, stream, plan.blocks);
+  }
+  // Z, of landmarks that are there.
+  void invert(const Tensors& workspaces, Stream stream) {
+    plan.columns = floats(workspaces[1]);
+    plan.scratch = floats(workspaces[2]);
+    if (p.init == Init::kOriginal) {
+      of_matrices(nystrom_inverse_kernel<Role::kMeasure>, Role::kMeasure, stream);
+    }
+    plan.p.matrices = floats(workspaces[3]);
+    of_matrices(nystrom_inverse_kernel<Role::kInvert>, Role::kInvert, stream);
   }
   void sum(const Cut& cut, int64_t numbers, const float* also, float factor, float* out) const {
     of_numbers(nystrom_sum_kernel, Sum{p, cut, numbers, plan.sums, also, factor, out}, units() * numbers);
@@ -148,20 +172,34 @@ bool cuda_fits(int dtype, int device) {
 }
 
 void cuda_landmarks(const Tensors& in, const Tensors& out, const Options& options, const CudaCuts& cuts,
-                    const Tensor& sums, int device, intptr_t stream) {
+                    const Tensors& workspaces, int device, intptr_t stream) {
   Options own = options;
-  std::get<0>(own) = static_cast<int>(Init::kPerMatrix);  // nothing is inverted yet
+  if (static_cast<Init>(std::get<0>(own)) == Init::kPinv) {
+    std::get<0>(own) = static_cast<int>(Init::kPerMatrix);  // nothing is inverted yet
+  }
   Call call(make_problem(in, out, own, Pass::kForward), stream);
   call.cut(cuts);
+  KX_CHECK(workspaces.size() == 4, "nystrom_attention: wrong number of workspaces");
   Plan& plan = call.plan;
   const Problem& p = plan.p;
-  plan.sums = floats(sums);
+  plan.sums = floats(workspaces[0]);
+  plan.pooled = workspaces[3].has_value();
   const DeviceGuard guard(device);
   with_type(p.dtype, [&](auto example) {
     using T = decltype(example);
-    start(nystrom_pool_kernel<T>, plan, call.units() * p.num_landmarks, kThreads, 0, (Stream)stream);
+    start(nystrom_pool_kernel<T>, plan, (plan.pooled ? 2 : 1) * call.units() * p.num_landmarks, kThreads, 0,
+          (Stream)stream);
+    std::optional<Beside> beside;
+    if (plan.pooled) {
+      beside.emplace((Stream)stream);
+      call.invert(workspaces, beside->stream());
+      plan.slices = plan.value_chunks;
+    }
     call.of_tokens<KeysShared<Factor<T>>>(nystrom_keys_kernel<T>, call.places(plan.of_k) * plan.groups * plan.slices);
     call.of_numbers(nystrom_combine_kernel, plan, call.units() * p.num_landmarks * (p.key_dim + p.value_dim));
+    if (beside) {
+      beside->join();
+    }
   });
 }
 

@@ -1,7 +1,8 @@
-// The matrix of a head, its inverse and the gradient of that, by one block: in shared memory where matrices have room,
-// and else in memory.
+// The matrix of a head, its inverse and the gradient of that: by one block, in shared memory where matrices have room;
+// or in memory, by a cluster of blocks where there are processors to spare. Which does not change a bit.
 #pragma once
 
+#include "../cuda/cluster.cuh"
 #include "kernel.cuh"
 
 namespace kx::nystrom_attention {
@@ -9,7 +10,7 @@ namespace kx::nystrom_attention {
 constexpr int kInverseThreads = 256, kInverseWarps = kInverseThreads / 32;
 constexpr int kDepth = 32;                                  // of products of landmarks, at a time
 constexpr int kForwardMatrices = 6, kBackwardMatrices = 8;  // besides the states of backward
-enum class Role { kMeasure, kWeigh, kIterate, kFinish, kAll };
+enum class Role { kMeasure, kInvert, kWeigh, kIterate, kFinish, kAll };
 
 // Numbers from one row of a matrix to the next: of 16 rows the columns of floats fall on different banks.
 __host__ __device__ __forceinline__ int pitch_of(int side) { return side % 32 == 0 ? side + 4 : side + 20; }
@@ -31,11 +32,14 @@ struct Matrix {
 
 class Inverse {
  public:
-  __device__ __forceinline__ Inverse(const Plan& plan, InverseShared& shared, float* on_chip, int unit)
-      : unit(unit),
-        n(unit / static_cast<int>(plan.p.heads)),
+  __device__ __forceinline__ Inverse(const Plan& plan, InverseShared& shared, float* on_chip)
+      : unit(static_cast<int>(blockIdx.x) / plan.blocks),
+        n(static_cast<int>(unit) / static_cast<int>(plan.p.heads)),
         m(static_cast<int>(plan.p.num_landmarks)),
         side(plan.side),
+        rank(static_cast<int>(blockIdx.x) % plan.blocks),
+        thread(rank * kInverseThreads + static_cast<int>(threadIdx.x)),
+        threads(plan.blocks * kInverseThreads),
         plan(plan),
         p(plan.p),
         shared(shared),
@@ -48,21 +52,30 @@ class Inverse {
     return {data, pitch_of(side)};
   }
 
-  // change(row, column, number) for every number of a matrix.
+  // What threads of a head's blocks did before, they all see after.
+  __device__ __forceinline__ void meet() const {
+    if (plan.blocks > 1) {
+      sync_cluster();
+    } else {
+      __syncthreads();
+    }
+  }
+
+  // change(row, column) for every number of a matrix.
   template <class Change>
   __device__ __forceinline__ void for_each(Change&& change) const {
-    for (int at = threadIdx.x; at < side * side; at += kInverseThreads) {
+    for (int at = thread; at < side * side; at += threads) {
       change(at / side, at % side);
     }
-    __syncthreads();
+    meet();
   }
 
   // out = factor·x·y + diagonal·I + also_factor·also; x and y may be turned, and out is neither, but may be `also`.
   template <bool kXTurned, bool kYTurned>
   __device__ __forceinline__ void multiply_into(Matrix out, Matrix x, Matrix y, float factor, float diagonal = 0,
                                                 Matrix also = {}, float also_factor = 0) const {
-    const int tiles = side / 16, lane = threadIdx.x % 32;
-    for (int tile = threadIdx.x / 32; tile < tiles * tiles; tile += kInverseWarps) {
+    const int tiles = side / 16, lane = thread % 32;
+    for (int tile = thread / 32; tile < tiles * tiles; tile += threads / 32) {
       const int first_row = tile / tiles * 16, first_column = tile % tiles * 16;
       float d[2][4] = {};
       multiply<float, kXTurned, !kYTurned>(d, x, first_row, y, first_column, side);
@@ -76,44 +89,44 @@ class Inverse {
         *out.at(i, j) = value;
       }
     }
-    __syncthreads();
+    meet();
   }
 
   // out(i, j, Σ x(i, d) y(d, j)) for i < rows and j < columns, d < depth.
   template <class X, class Y, class Out>
   __device__ __forceinline__ void multiply_landmarks(int rows, int columns, int depth, X&& x, Y&& y, Out&& out) {
-    const int thread = threadIdx.x, lane = thread % 32;
-    const int own_row = thread / 32 % 4 * 16, own_column = thread / 128 * 32;  // of 16 × 32 numbers of a tile
-    for (int first_row = 0; first_row < rows; first_row += kTile) {
-      for (int first_column = 0; first_column < columns; first_column += kTile) {
-        float d[4][4] = {};
-        for (int first = 0; first < depth; first += kDepth) {
-          for (int at = thread; at < kTile * kDepth; at += kInverseThreads) {
-            const int i = at / kDepth, e = at % kDepth;
-            *shared.x.at(i, e) = first_row + i < rows && first + e < depth ? x(first_row + i, first + e) : 0;
-          }
-          for (int at = thread; at < kDepth * kTile; at += kInverseThreads) {
-            const int e = at / kTile, j = at % kTile;
-            *shared.y.at(e, j) = first + e < depth && first_column + j < columns ? y(first + e, first_column + j) : 0;
-          }
-          __syncthreads();
-          multiply<float, false, true>(d, shared.x, own_row, shared.y, own_column, kDepth);
-          __syncthreads();
+    const int own = threadIdx.x, lane = own % 32;
+    const int own_row = own / 32 % 4 * 16, own_column = own / 128 * 32;  // of 16 × 32 numbers of a tile
+    const int beside = ceil_div(columns, kTile), tiles = ceil_div(rows, kTile) * beside;
+    for (int tile = rank; tile < tiles; tile += plan.blocks) {
+      const int first_row = tile / beside * kTile, first_column = tile % beside * kTile;
+      float d[4][4] = {};
+      for (int first = 0; first < depth; first += kDepth) {
+        for (int at = own; at < kTile * kDepth; at += kInverseThreads) {
+          const int i = at / kDepth, e = at % kDepth;
+          *shared.x.at(i, e) = first_row + i < rows && first + e < depth ? x(first_row + i, first + e) : 0;
         }
+        for (int at = own; at < kDepth * kTile; at += kInverseThreads) {
+          const int e = at / kTile, j = at % kTile;
+          *shared.y.at(e, j) = first + e < depth && first_column + j < columns ? y(first + e, first_column + j) : 0;
+        }
+        __syncthreads();
+        multiply<float, false, true>(d, shared.x, own_row, shared.y, own_column, kDepth);
+        __syncthreads();
+      }
 #pragma unroll
-        for (int e = 0; e < 16; ++e) {
-          const int i = first_row + own_row + lane / 4 + e % 4 / 2 * 8;
-          const int j = first_column + own_column + e / 4 * 8 + lane % 4 * 2 + e % 2;
-          if (i < rows && j < columns) {
-            out(i, j, d[e / 4][e % 4]);
-          }
+      for (int e = 0; e < 16; ++e) {
+        const int i = first_row + own_row + lane / 4 + e % 4 / 2 * 8;
+        const int j = first_column + own_column + e / 4 * 8 + lane % 4 * 2 + e % 2;
+        if (i < rows && j < columns) {
+          out(i, j, d[e / 4][e % 4]);
         }
       }
     }
-    __syncthreads();
+    meet();
   }
 
-  // Over all threads' numbers, the same for all of them.
+  // Over a block's threads' numbers, the same for all of them.
   template <class Combine>
   __device__ __forceinline__ float reduce(float x, Combine&& combine) {
 #pragma unroll
@@ -160,8 +173,8 @@ class Inverse {
     multiply_landmarks(
         m, m, dim, [&](int i, int d) { return q[i * dim + d]; }, [&](int d, int j) { return k[j * dim + d]; },
         [&](int i, int j, float x) { *a.at(i, j) = scale * x; });
-    const int lane = threadIdx.x % 32;
-    for (int i = threadIdx.x / 32; i < side; i += kInverseWarps) {
+    const int lane = thread % 32;
+    for (int i = thread / 32; i < side; i += threads / 32) {
       const bool alive = i < m && divisor(p, p.of_q, n, i) != 0;
       const auto seen = [&](int j) { return alive && j < m && divisor(p, p.of_k, n, j) != 0; };
       float top = -INFINITY, total = 0;
@@ -183,15 +196,15 @@ class Inverse {
         *a.at(i, j) = i < m ? x + (i == j ? ridge : 0) : 0;
       }
     }
-    __syncthreads();
-    for (int j = threadIdx.x; !measured && j < m; j += kInverseThreads) {
+    meet();
+    for (int j = thread; !measured && j < m; j += threads) {
       float total = 0;
       for (int i = 0; i < m; ++i) {
         total += *a.at(i, j);
       }
       columns()[j] = total;
     }
-    __syncthreads();
+    meet();
   }
 
   // X, T₂ = 15 I − 7 X + X X and T₃ of a step from Z.
@@ -212,6 +225,8 @@ class Inverse {
 
   const int64_t unit;
   const int n, m, side;
+  const int rank;             // of the block, among those that have the head
+  const int thread, threads;  // of all of these
   const Plan& plan;
   const Problem& p;
   InverseShared& shared;
@@ -220,12 +235,12 @@ class Inverse {
   float* const on_chip_;
 };
 
-// W of a head; or A, where no iteration inverts it, and the sums of its columns.
+// W of a head; or only Z; or only A, where no iteration inverts it, and the sums of its columns.
 __device__ __forceinline__ void weigh(const Plan& plan, Inverse& of, Role role) {
   const Problem& p = plan.p;
   const int m = of.m, dim = static_cast<int>(p.value_dim);
   if (road_of(p, of.n) != Road::kNystrom) {
-    for (int at = threadIdx.x; role == Role::kMeasure && at < m * m; at += kInverseThreads) {
+    for (int at = of.thread; role == Role::kMeasure && at < m * m; at += of.threads) {
       if (at < m) {
         of.columns()[at] = 0;
       }
@@ -237,15 +252,17 @@ __device__ __forceinline__ void weigh(const Plan& plan, Inverse& of, Role role) 
   }
   const Matrix a = of.matrix(0), x = of.matrix(1), t2 = of.matrix(2), t3 = of.matrix(3);
   Matrix z = of.matrix(4), after = of.matrix(5);
+  const auto put_matrix = [&](Matrix from) {
+    for (int at = of.thread; p.matrices != nullptr && at < m * m; at += of.threads) {
+      of.landmarks(p.matrices, m)[at] = *from.at(at / m, at % m);
+    }
+  };
   if (p.inverse != nullptr) {
     z = {static_cast<float*>(const_cast<void*>(p.inverse)) + of.unit * m * m, m};
   } else {
     of.make_matrix(a, role != Role::kMeasure && p.init == Init::kOriginal);
     if (role == Role::kMeasure) {
-      for (int at = threadIdx.x; p.matrices != nullptr && at < m * m; at += kInverseThreads) {
-        of.landmarks(p.matrices, m)[at] = *a.at(at / m, at % m);
-      }
-      return;
+      return put_matrix(a);
     }
     of.begin(z, a, of.norm() * (1 + static_cast<float>(p.ridge)));
     for (int step = 0; step < p.iterations; ++step) {
@@ -254,6 +271,9 @@ __device__ __forceinline__ void weigh(const Plan& plan, Inverse& of, Role role) 
       const Matrix before = z;
       z = after;
       after = before;
+    }
+    if (role == Role::kInvert) {
+      return put_matrix(z);
     }
   }
   const float* const summary = of.landmarks(p.summary, dim);
@@ -266,7 +286,7 @@ __device__ __forceinline__ void weigh(const Plan& plan, Inverse& of, Role role) 
 template <Role kRole>
 __global__ void __launch_bounds__(kInverseThreads, 1) nystrom_inverse_kernel(const __grid_constant__ Plan plan) {
   InverseShared& shared = shared_memory<InverseShared>();
-  Inverse of(plan, shared, reinterpret_cast<float*>(&shared + 1), static_cast<int>(blockIdx.x));
+  Inverse of(plan, shared, reinterpret_cast<float*>(&shared + 1));
   weigh(plan, of, kRole);
 }
 

@@ -2,10 +2,10 @@
 // parts, and what parts sum up lies one after the other, at the `place` of each; a `unit` is a head of a sequence.
 //
 //   forward    a block has                          to
-//   pool       a landmark                           Q̃
+//   pool       a landmark                           Q̃, and K̃ if keys are few
 //   keys       a part of keys, kTile landmarks      sums of k by segments, maxima and sums of rows of B, B·V
 //   combine    numbers of a head                    K̃, Y, the norms of B
-//   inverse    a head                               W
+//   inverse    a head                               W; if keys are few, Z before, while these are met
 //   output     a part of queries                    o
 //
 //   backward   a block has                          to
@@ -25,11 +25,12 @@
 
 namespace kx::nystrom_attention {
 
-// ---- Landmarks of queries.
+// ---- Landmarks, one by one.
 
 constexpr int kPoolWarps = kThreads / 32;
 
-// One landmark to a block: the mean of its segment. Which rows a thread has does not depend on strides.
+// One landmark to a block, of queries and then perhaps of keys: the mean of its segment. Which rows a thread has does
+// not depend on strides.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 8) nystrom_pool_kernel(const __grid_constant__ Plan plan) {
   constexpr int kVector = 16 / sizeof(T);
@@ -40,16 +41,23 @@ __global__ void __launch_bounds__(kThreads, 8) nystrom_pool_kernel(const __grid_
   const Problem& p = plan.p;
   const int m = static_cast<int>(p.num_landmarks), dim = static_cast<int>(p.key_dim);
   const int i = blockIdx.x % m, thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const int unit = blockIdx.x / m, heads = static_cast<int>(p.heads);
+  const int heads = static_cast<int>(p.heads), units = static_cast<int>(p.num_sequences) * heads;
+  const bool of_keys = static_cast<int>(blockIdx.x) / m >= units;
+  const int unit = static_cast<int>(blockIdx.x) / m - (of_keys ? units : 0);
+  const View& x = of_keys ? p.k : p.q;
+  const uint8_t* const mask = of_keys ? p.key_mask : p.query_mask;
+  const int64_t* const mask_stride = of_keys ? p.key_mask_stride : p.query_mask_stride;
+  const Segments& segments = of_keys ? p.of_k : p.of_q;
+  float* const landmarks = static_cast<float*>(of_keys ? p.landmarks_k : p.landmarks_q);
   Part s{};
   s.n = unit / heads;
   s.head = unit % heads;
   s.batch = p.cu_seqlens == nullptr ? s.n : 0;
-  const Sequence of = sequence_of(p, s.n, p.queries);
+  const Sequence of = sequence_of(p, s.n, of_keys ? p.keys : p.queries);
   s.begin = of.begin;
   s.tokens = of.tokens;
-  const Bounds segment = bounds_of(p, p.of_q, s, i);
-  const float delta = divisor(p, p.of_q, s.n, i);
+  const Bounds segment = bounds_of(p, segments, s, i);
+  const float delta = divisor(p, segments, s.n, i);
   int lanes = 1;  // that share a row
   while (lanes < 32 && lanes * kVector < dim) {
     lanes *= 2;
@@ -59,19 +67,19 @@ __global__ void __launch_bounds__(kThreads, 8) nystrom_pool_kernel(const __grid_
     float sum[kVector] = {};
 #pragma unroll 4
     for (int t = segment.lower + thread / lanes; t < segment.upper; t += together) {
-      if (!keeps(p.query_mask, p.query_mask_stride, s, t) || column >= dim) {
+      if (!keeps(mask, mask_stride, s, t) || column >= dim) {
         continue;
       }
-      const T* const from = element<const T>(p.q, s, t) + column * p.q.stride[3];
-      if (p.q.wide && column + kVector <= dim) {
-        const auto x = load_shared_by_many<kVector>(from);
+      const T* const from = element<const T>(x, s, t) + column * x.stride[3];
+      if (x.wide && column + kVector <= dim) {
+        const auto numbers = load_shared_by_many<kVector>(from);
 #pragma unroll
         for (int e = 0; e < kVector; ++e) {
-          sum[e] += widen(x.x[e]);
+          sum[e] += widen(numbers.x[e]);
         }
       } else {
         for (int e = 0; e < kVector && column + e < dim; ++e) {
-          sum[e] += widen(from[e * p.q.stride[3]]);
+          sum[e] += widen(from[e * x.stride[3]]);
         }
       }
     }
@@ -91,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, 8) nystrom_pool_kernel(const __grid_
       for (int w = 0; w < kPoolWarps; ++w) {
         total += shared.of[w][c];
       }
-      static_cast<float*>(p.landmarks_q)[(int64_t{unit} * m + i) * dim + first + c] = delta != 0 ? total / delta : 0;
+      landmarks[(int64_t{unit} * m + i) * dim + first + c] = delta != 0 ? total / delta : 0;
     }
     __syncthreads();
   }
@@ -121,8 +129,8 @@ __device__ __forceinline__ void meet_keys(const Plan& plan, KeysShared<Factor<T>
                             bounds_of(p, p.of_k, s, group * kTile + place.row(2))};
   Landmarks<P> queries(shared.landmarks, p, p.landmarks_q, s.unit, p.key_dim, static_cast<float>(p.scale));
 
-  // Of a tile: chunks of keys, the slice again if they are several, the slice of values.
-  const int again = plan.key_chunks > 1 ? 1 : 0, steps = plan.key_chunks + again + 1;
+  // Of a tile: chunks of keys, the slice again if they are several and summed up, the slice of values.
+  const int again = plan.key_chunks > 1 && !plan.pooled ? 1 : 0, steps = plan.key_chunks + again + 1;
   const auto fetch = [&](Exact<P>& to, int step) {
     const int t = s.first + step / steps * kTile, at = step % steps;
     const bool of_keys = at < steps - 1;
@@ -145,9 +153,11 @@ __device__ __forceinline__ void meet_keys(const Plan& plan, KeysShared<Factor<T>
     if (again != 0) {
       tiles.take();
     }
-    float weights[kN][4];
-    for_each([&](int n, int i, int, int column) { weights[n][i] = bounds[i / 2].has(t + column) ? 1 : 0; });
-    add_product<P, true>(sum_keys, weights, tiles.last());
+    if (!plan.pooled) {
+      float weights[kN][4];
+      for_each([&](int n, int i, int, int column) { weights[n][i] = bounds[i / 2].has(t + column) ? 1 : 0; });
+      add_product<P, true>(sum_keys, weights, tiles.last());
+    }
 
     Exact<P>& values = tiles.take();
     for_each([&](int n, int i, int, int column) { scores[n][i] = keep[column] ? scores[n][i] : -INFINITY; });
@@ -163,7 +173,9 @@ __device__ __forceinline__ void meet_keys(const Plan& plan, KeysShared<Factor<T>
 
   const int64_t numbers = numbers_of_keys(p);
   float* const sums = plan.sums + s.place * p.num_landmarks * numbers;
-  write_sums(sums, p, group, numbers, p.key_dim, slice, sum_keys);
+  if (!plan.pooled) {
+    write_sums(sums, p, group, numbers, p.key_dim, slice, sum_keys);
+  }
   write_sums(sums + p.key_dim, p, group, numbers, p.value_dim, slice, sum_values);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -206,7 +218,9 @@ __global__ void __launch_bounds__(kThreads) nystrom_combine_kernel(const __grid_
   }
   if (column < p.key_dim) {
     const float delta = divisor(p, p.of_k, n, i);
-    static_cast<float*>(p.landmarks_k)[row * p.key_dim + column] = delta != 0 ? sum / delta : 0;
+    if (!plan.pooled) {
+      static_cast<float*>(p.landmarks_k)[row * p.key_dim + column] = delta != 0 ? sum / delta : 0;
+    }
     return;
   }
   if (divisor(p, p.of_q, n, i) == 0) {

@@ -64,10 +64,11 @@ constexpr int kCudaTile = 64;
 // How rows of queries, and of keys, are cut: rows of a part, and parts of a head.
 using CudaCuts = std::tuple<int64_t, int64_t, int64_t, int64_t>;
 
-// As cpu, but for o and for what an inverse makes: landmarks_q, landmarks_k, summary, weighted and norms, from `sums`
-// of float32 [parts of keys, m, D + D_v + 2].
+// As cpu, but for o and for what an inverse makes: landmarks_q, landmarks_k, summary, weighted and norms. Workspaces of
+// float32: sums [parts of keys, m, D + D_v + 2]; and, or null, columns and scratch as below, and the inverse
+// [N, heads, m, m], which is made beside the pass over keys then.
 void cuda_landmarks(const Tensors& in, const Tensors& out, const Options& options, const CudaCuts& cuts,
-                    const Tensor& sums, int device, intptr_t stream);
+                    const Tensors& workspaces, int device, intptr_t stream);
 // As cpu_matrices, from landmarks that are there. Workspaces of float32: columns [N·heads, m], and scratch.
 void cuda_matrices(const Tensors& in, const Tensors& out, const Options& options, const Tensors& workspaces, int device,
                    intptr_t stream);

@@ -69,17 +69,27 @@ struct OnCuda {
     return {floats({units(), m()}), floats({units(), cuda_scratch(m(), options, backward, 0)})};
   }
 
-  void forward(const Tensors& out, const CudaCuts& how) {
+  // beside: the inverse is made before keys are met.
+  void forward(const Tensors& out, const CudaCuts& how, bool beside) {
     Tensors first = in;
     first[12].reset();
     const int64_t numbers = in[0]->size[3] + in[2]->size[3] + 2;
-    cuda_landmarks(first, out, options, how, floats({places(std::get<3>(how)), m(), numbers}), 0, 0);
-    if (in[12]) {
-      const Tensor a = floats({sequences, in[0]->size[2], m(), m()});
-      cuda_matrices(first, {out[1], out[2], a}, options, matrices(false), 0, 0);
-      expect_written({a}, 0);
+    Tensors workspaces = matrices(false);
+    workspaces.insert(workspaces.begin(), floats({places(std::get<3>(how)), m(), numbers}));
+    const Tensor matrix = floats({sequences, in[0]->size[2], m(), m()});
+    const Tensors alone{workspaces[0], std::nullopt, std::nullopt, std::nullopt};
+    workspaces.push_back(matrix);
+    cuda_landmarks(first, out, options, how, beside ? workspaces : alone, 0, 0);
+    Tensors second = in;
+    Options last = options;
+    if (beside) {
+      second[12] = matrix;
+      std::get<0>(last) = static_cast<int>(Init::kPinv);
+    } else if (in[12]) {
+      cuda_matrices(first, {out[1], out[2], matrix}, options, matrices(false), 0, 0);
+      expect_written({matrix}, 0);
     }
-    cuda(in, out, options, how, matrices(false), 0, 0);
+    cuda(second, out, last, how, matrices(false), 0, 0);
   }
   void backward(const Tensors& all, const Tensors& gradients, const CudaCuts& how) {
     const int64_t dim = in[0]->size[3], value_dim = in[2]->size[3];
@@ -194,10 +204,11 @@ void run(int64_t number) {
   OnCuda gpu{random, memory, in, options, sequences, {}};
   const bool on_cuda = dtype != DType::kFloat64 && sequences > 0;
   const CudaCuts cuts = gpu.cuts();
+  const bool beside = !pinv && toss(random);
   for (uint64_t schedule = 0; on_cuda && schedule < kSchedules; ++schedule) {
     emulation::set_seed(static_cast<uint64_t>(number) + schedule);
     out = results(zeros(o_size));
-    gpu.forward(out, cuts);
+    gpu.forward(out, cuts, beside);
     expect_written(out, number);
     expect_same(first, bytes_of(out), number);
   }

@@ -60,16 +60,7 @@ void load_angles(const Problem& p, Row row, int64_t first, int64_t pairs, Angles
     }
     return;
   }
-  switch (p.table_dtype) {
-    case DType::kFloat64:
-      return load_angles<A, double>(p, row, first, pairs, angles);
-    case DType::kBFloat16:
-      return load_angles<A, bfloat16>(p, row, first, pairs, angles);
-    case DType::kFloat16:
-      return load_angles<A, float16>(p, row, first, pairs, angles);
-    default:
-      return load_angles<A, float>(p, row, first, pairs, angles);
-  }
+  with_float(p.table_dtype, [&](auto example) { load_angles<A, decltype(example)>(p, row, first, pairs, angles); });
 }
 
 template <bool kStream, class T, class V>
@@ -285,28 +276,14 @@ void rotate(const Problem& p, int num_threads) {
 }  // namespace
 
 void run(const Problem& p, int num_threads) {
-  switch (p.dtype) {
-    case DType::kFloat64:
-      return rotate<double>(p, num_threads);
-    case DType::kBFloat16:
-      return rotate<bfloat16>(p, num_threads);
-    case DType::kFloat16:
-      return rotate<float16>(p, num_threads);
-    default:
-      return rotate<float>(p, num_threads);
-  }
+  with_float(p.dtype, [&](auto example) { rotate<decltype(example)>(p, num_threads); });
 }
 
 }  // namespace KX_ISA
 
 #ifdef KX_ISA_portable
 
-namespace avx2 {
-void run(const Problem& p, int num_threads);
-}
-namespace avx512 {
-void run(const Problem& p, int num_threads);
-}
+KX_DECLARE_FOR_ISAS(void run(const Problem& p, int num_threads);)
 
 void cpu(const std::vector<Tensor>& in, const std::vector<Tensor>& out, const Tensor& cos, const Tensor& sin,
          const std::optional<Tensor>& positions, const std::optional<Tensor>& offsets,

@@ -94,6 +94,11 @@ def cuda(device: torch.device) -> ModuleType:
     return extension
 
 
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU, or as many as its emulation has (csrc/emulation/launch.h)."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
 def launch(name: str, device: torch.device, *arguments: object) -> None:
     """Calls a CUDA entry point on the current stream of `device` (or its emulation, for tensors on the CPU)."""
     stream = 0 if device.type == "cpu" else torch._C._cuda_getCurrentRawStream(device.index)

@@ -98,10 +98,6 @@ def _fused_columns(device: torch.device, dtype: torch.dtype, key_dim: int, value
     return native.cuda(device).gau_attention_cuda_fused_columns(code, key_dim, value_dim, device.index or 0)
 
 
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
-
-
 def _slices_on_chip(p: GauProblem, room: int) -> int:
     """Into how many slices values are cut where each makes its scores again, or 0 where panels of `room` tiles have
     them."""
@@ -111,7 +107,7 @@ def _slices_on_chip(p: GauProblem, room: int) -> int:
         return 0
     slices = -(-e // columns)
     few = slices <= ON_CHIP_SLICES or n_k <= ON_CHIP_KEYS or n_q <= native.cuda(p.device).gau_attention_cuda_tile
-    idle = room * slices * (slices * s + e) < _processors(p.device) * (s + e)  # more than is made again
+    idle = room * slices * (slices * s + e) < native.processors(p.device) * (s + e)  # more than is made again
     return slices if few or idle or p.cu_seqlens is not None else 0
 
 
@@ -119,7 +115,7 @@ def _segment(p: GauProblem, slices: int) -> int:
     """How many keys a block sums over: fewer than all where there are too few blocks for the processors."""
     n_k = max(1, p.k.shape[1])
     blocks = max(1, _tiles(p) * p.q.shape[2] * slices)
-    segments = 1 if blocks >= _processors(p.device) else 2 * _processors(p.device) // blocks
+    segments = 1 if blocks >= native.processors(p.device) else 2 * native.processors(p.device) // blocks
     part = 4 * p.q[..., 0].numel() * (_up(p.v.shape[3], 4) + 1)
     segments = max(1, min(segments, n_k // LEAST_SEGMENT, p.workspace // max(1, part)))
     return _up(-(-n_k // segments), native.cuda(p.device).gau_attention_cuda_tile)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ..._core import native
-from ..._core.triton import processors
 from ._problem import Gradients, NystromProblem, Results, empty_gradients, empty_results
 from .presets import INITS
 
 MOST = 1 << 14  # landmarks, and dimensions of a head, as csrc/nystrom_attention/cuda.cu checks
+FEW_KEYS = 64 << 20  # bytes that take less time to be read once more than a matrix to be inverted
 
 
 def cpu_unsupported(p: NystromProblem) -> str | None:
@@ -86,7 +86,8 @@ def _fits(device: torch.device, dtype: torch.dtype) -> bool:
 def _cut(p: NystromProblem, length: int) -> tuple[int, int]:
     """Rows of a part of as many queries or keys, whole tiles; and parts of a head, for packed sequences at most."""
     tile = native.cuda(p.device).nystrom_attention_cuda_tile
-    wanted = max(1, 4 * processors(p.device) // max(1, p.q.shape[0] * p.q.shape[2]))  # for all processors to have some
+    wanted = 4 * native.processors(p.device) // max(1, p.q.shape[0] * p.q.shape[2])  # for all processors to have some
+    wanted = max(1, wanted)
     span = tile * max(1, -(-length // (wanted * tile)))
     return span, -(-length // span) if p.cu_seqlens is None else length // span + p.road.shape[0]
 
@@ -134,15 +135,20 @@ def run_cuda(p: NystromProblem) -> Results:
         results.o.zero_()  # rows of no sequence
     if _units(p) == 0:
         return results
-    cuts, dims = _cuts(p), p.q.shape[3] + p.v.shape[3]
-    inputs, outputs = [*_inputs(p), None], _raw(*results)
-    sums = _wide(p, _places(p, cuts[3]), p.divisors_q.shape[1], dims + 2)
+    cuts, m, dims = _cuts(p), p.divisors_q.shape[1], p.q.shape[3] + p.v.shape[3]
+    inputs, outputs, options = [*_inputs(p), None], _raw(*results), p.options
+    sums, memory = _wide(p, _places(p, cuts[3]), m, dims + 2), _memory(p, backward=False)
+    beside = INITS[p.init] != "pinv" and p.k.numel() * p.k.itemsize <= FEW_KEYS
+    inverse = _wide(p, p.road.shape[0], p.q.shape[2], m, m) if beside else None
+    workspaces = [sums, *memory, inverse] if beside else [sums, None, None, None]
     native.launch(
-        "nystrom_attention_cuda_landmarks", p.device, _raw(*inputs), outputs, p.options, cuts, native.raw(sums)
+        "nystrom_attention_cuda_landmarks", p.device, _raw(*inputs), outputs, options, cuts, _raw(*workspaces)
     )
-    inputs[-1] = _cuda_inverse(p, results)
-    workspaces = _memory(p, backward=False)
-    native.launch("nystrom_attention_cuda", p.device, _raw(*inputs), outputs, p.options, cuts, _raw(*workspaces))
+    if inverse is None:
+        inverse = _cuda_inverse(p, results)
+    if inverse is not None:
+        inputs[-1], options = inverse, (INITS.index("pinv"), *options[1:])
+    native.launch("nystrom_attention_cuda", p.device, _raw(*inputs), outputs, options, cuts, _raw(*memory))
     return results
 
 
