@@ -37,9 +37,15 @@ class Inverse {
   // The largest sum of a column of `a`, and how many columns have it.
   A largest_column(int* ties) {
     std::fill_n(t1, width, A{0});
-    for (int i = 0; i < m; ++i) {
+    for (int first = 0; first < m; first += kShort) {
+      std::fill_n(t2, width, A{0});
+      for (int i = first; i < std::min(m, first + kShort); ++i) {
+        for (int j = 0; j < m; ++j) {
+          t2[j] += a[i * width + j];
+        }
+      }
       for (int j = 0; j < m; ++j) {
-        t1[j] += a[i * width + j];
+        t1[j] += t2[j];
       }
     }
     const A largest = *std::max_element(t1, t1 + m);
@@ -81,14 +87,19 @@ class Inverse {
       for_each([&](size_t i) { grad_z[i] += A{0.25} * spare[i]; });
     }
     const A* const z = state(0);
-    A sum = 0;
+    using V = vector_t<A>;
+    A product = 0;
     for (int i = 0; i < m; ++i) {
+      V of_row = all(A{0});
+      for (int j = 0; j < width; j += kLanes) {
+        of_row = fma(load(grad_z + i * width + j), load(z + i * width + j), of_row);
+      }
+      product += sum(of_row).v[0];
       for (int j = 0; j < m; ++j) {
-        sum += grad_z[i * width + j] * z[i * width + j];
         grad_a[j * width + i] += grad_z[i * width + j] / norm;
       }
     }
-    return -sum;
+    return -product;
   }
 
   // Of z, the Moore-Penrose inverse of `a`: adds to `grad_a` what comes from `grad_z`. (What comes by the null spaces
@@ -104,6 +115,7 @@ class Inverse {
 
  private:
   static constexpr int kLanes = vector_t<A>::kLanes;
+  static constexpr int kShort = 16;  // of a long sum: sums of so many, and their sum, round less
   size_t size() const { return static_cast<size_t>(m) * width; }
   A* state(int n) { return states_ + (keeps_all_ ? n : n % 2) * size(); }
 
