@@ -4,6 +4,7 @@
 
 #include "common/tensor.h"
 #include "cpu/isa.h"
+#include "cpu/memory.h"
 #include "gau_attention/problem.h"
 #include "gau_inputs/problem.h"
 #include "linear_attention/problem.h"
@@ -56,6 +57,7 @@ struct type_caster<kx::Tensor> {
 PYBIND11_MODULE(KX_MODULE_NAME, m) {
 #ifndef KX_NO_CPU
   m.attr("cpu_isa") = kx::isa_name();
+  m.def("cpu_peak_bytes", &kx::peak_bytes);
   m.def("rope_cpu", &kx::rope::cpu, py::call_guard<py::gil_scoped_release>());
   m.def("linear_attention_cpu", &kx::linear_attention::cpu, py::call_guard<py::gil_scoped_release>());
   m.def("linear_attention_cpu_backward", &kx::linear_attention::cpu_backward, py::call_guard<py::gil_scoped_release>());

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
-#include <new>
 
+#include "memory.h"
 #include "simd.h"
 
 namespace kx::KX_ISA {
@@ -13,14 +13,15 @@ namespace {
 
 template <class A>
 struct Free {
-  void operator()(A* p) const { ::operator delete(p, std::align_val_t{64}); }
+  size_t bytes = 0;
+  void operator()(A* p) const { release(p, bytes); }
 };
 template <class A>
 using Buffer = std::unique_ptr<A[], Free<A>>;
 
 template <class A>
 Buffer<A> zeros(size_t n) {
-  Buffer<A> out(static_cast<A*>(::operator new(n * sizeof(A), std::align_val_t{64})));
+  Buffer<A> out(static_cast<A*>(allocate(n * sizeof(A))), Free<A>{n * sizeof(A)});
   std::fill_n(out.get(), n, A{0});
   return out;
 }

@@ -242,15 +242,15 @@ class Block {
   }
 };
 
-// f(x), and its derivative.
+// f(x), and its derivative. NaN stays NaN.
 __device__ __forceinline__ float sigmoid(float x) { return 1 / (1 + expf(-x)); }
 
 __device__ __forceinline__ float activate(Activation f, float x) {
   switch (f) {
     case Activation::kRelu2:
-      return x > 0 ? x * x : 0;
+      return x <= 0 ? 0 : x * x;
     case Activation::kRelu:
-      return x > 0 ? x : 0;
+      return x <= 0 ? 0 : x;
     case Activation::kSilu:
       return x * sigmoid(x);
     case Activation::kSigmoid:
@@ -264,9 +264,9 @@ __device__ __forceinline__ float activate(Activation f, float x) {
 __device__ __forceinline__ float slope(Activation f, float x) {
   switch (f) {
     case Activation::kRelu2:
-      return x > 0 ? 2 * x : 0;
+      return x <= 0 ? 0 : 2 * x;
     case Activation::kRelu:
-      return x > 0 ? 1.0f : 0.0f;
+      return x <= 0 ? 0.0f : 1.0f;
     case Activation::kSilu: {
       const float s = sigmoid(x);
       return s * (1 + x * (1 - s));

@@ -38,7 +38,7 @@ Sequence sequence(const Problem& p, int64_t n) {
   return {0, query, key, p.cu_seqlens[n + 1] - query, p.cu_seqlens_k[n + 1] - key};
 }
 
-// f of n scores in their place, and its derivative unless `slope` is null.
+// f of n scores in their place, and its derivative unless `slope` is null. NaN stays NaN.
 template <class A>
 void activate(Activation f, int n, A* x, A* slope) {
   const auto each = [&](auto&& value, auto&& derivative) {
@@ -54,9 +54,9 @@ void activate(Activation f, int n, A* x, A* slope) {
   const auto sigmoid = [](A y) { return 1 / (1 + std::exp(-y)); };
   switch (f) {
     case Activation::kRelu2:
-      return each([](A y) { return y > 0 ? y * y : A{0}; }, [](A y) { return y > 0 ? 2 * y : A{0}; });
+      return each([](A y) { return y <= 0 ? A{0} : y * y; }, [](A y) { return y <= 0 ? A{0} : 2 * y; });
     case Activation::kRelu:
-      return each([](A y) { return y > 0 ? y : A{0}; }, [](A y) { return y > 0 ? A{1} : A{0}; });
+      return each([](A y) { return y <= 0 ? A{0} : y; }, [](A y) { return y <= 0 ? A{0} : A{1}; });
     case Activation::kSilu:
       return each([&](A y) { return y * sigmoid(y); },
                   [&](A y) {

@@ -258,25 +258,52 @@ void chain(const Problem& p, const std::vector<Segment>& segments, bool reverse,
   }
 }
 
-// Calls each(worker, i, state) for the i-th segment with the state it starts from.
+// Calls each(worker, i, state) for the i-th segment with the state it starts from. What another segment starts from is
+// summed up first, in parts, so that all threads have some of it.
 template <class W, class A, class Each>
 void pass(const Problem& p, const std::vector<Segment>& segments, bool is_split, bool is_backward, bool reverse,
           int threads, void (W::*sum)(const Segment&, A*), Each&& each) {
   const int64_t count = static_cast<int64_t>(segments.size());
-  Buffer<A> states;
+  const auto is_needed = [&](const Segment& g) { return !p.causal || (reverse ? g.begin > 0 : g.end < g.length); };
+  const int64_t needed = std::max<int64_t>(1, std::count_if(segments.begin(), segments.end(), is_needed));
+  const int64_t parts = (threads + needed - 1) / needed;
+  Buffer<A> states, sums;
 #pragma omp parallel num_threads(static_cast<int>(std::clamp<int64_t>(count, 1, threads))) if (threads > 1)
   {
     W worker(p, is_backward);
     const int64_t size = static_cast<int64_t>(worker.state_size()), width = size / p.key_dim;
     if (is_split) {
 #pragma omp single
-      states = zeros<A>(count * size);
+      {
+        states = zeros<A>(count * size);
+        sums = zeros<A>(count * (parts - 1) * size + 1);
+      }
+      // Of a segment, the first part is in its state, and others beside it.
+      const auto part_at = [&](int64_t i, int64_t part) {
+        return part == 0 ? states.get() + i * size : sums.get() + (i * (parts - 1) + part - 1) * size;
+      };
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < count; ++i) {
-        (worker.*sum)(segments[i], states.get() + i * size);
+      for (int64_t task = 0; task < count * parts; ++task) {
+        const int64_t i = task / parts, part = task % parts;
+        Segment g = segments[i];
+        const int64_t begin = g.begin, length = g.end - g.begin;
+        g.begin = begin + length * part / parts;
+        g.end = begin + length * (part + 1) / parts;
+        if (is_needed(segments[i])) {
+          (worker.*sum)(g, part_at(i, part));
+        }
       }
 #pragma omp for schedule(static)
       for (int64_t row = 0; row < p.key_dim; ++row) {
+        for (int64_t i = 0; i < count; ++i) {
+          for (int64_t part = 1; part < parts; ++part) {
+            const A* const from = part_at(i, part);
+            A* const to = part_at(i, 0);
+            for (int64_t j = row * width; j < (row + 1) * width; ++j) {
+              to[j] += from[j];
+            }
+          }
+        }
         chain(p, segments, reverse, size, row * width, (row + 1) * width, states.get());
       }
     }

@@ -101,6 +101,36 @@ void align(std::vector<Task>& tasks, const Segments& segments, int64_t m, const 
   }
 }
 
+template <class A>
+int whole_vectors(int64_t n) {
+  constexpr int kLanes = vector_t<A>::kLanes;
+  return static_cast<int>((n + kLanes - 1) / kLanes * kLanes);
+}
+
+// What landmarks of queries see of parts of the keys: weights are e^(score − highest).
+template <class A>
+class KeySums {
+ public:
+  KeySums(const Problem& p, int64_t parts)
+      : parts(parts),
+        mw_(whole_vectors<A>(p.num_landmarks)),
+        wide_(p.num_landmarks * whole_vectors<A>(p.value_dim)),
+        memory_(zeros<A>(parts * (2 * mw_ + wide_) + 1)) {
+    for (int64_t part = 0; part < parts; ++part) {
+      std::fill_n(highest_of(part), mw_, -std::numeric_limits<A>::infinity());
+    }
+  }
+  A* highest_of(int64_t part) const { return memory_.get() + part * (2 * mw_ + wide_); }  // [mw]
+  A* weights_of(int64_t part) const { return highest_of(part) + mw_; }                    // [mw]: their sums
+  A* values_of(int64_t part) const { return weights_of(part) + mw_; }  // [m, vw]: theirs times values
+
+  const int64_t parts;
+
+ private:
+  const int64_t mw_, wide_;
+  Buffer<A> memory_;
+};
+
 // What one thread works with. A is the type that arithmetic is done in; rows are padded with zeros to whole vectors:
 // kw, vw and mw are the widths of rows of D, D_v and m.
 template <class T, class A>
@@ -110,7 +140,7 @@ class Worker {
   static constexpr int kLanes = V::kLanes;
   static constexpr bool kExact = std::is_same_v<T, A>;  // tensors hold what arithmetic gives
 
-  Worker(const Problem& p, const std::vector<Sequence>& all)
+  Worker(const Problem& p, const std::vector<Sequence>& all, bool backward)
       : p(p),
         all(all),
         m(static_cast<int>(p.num_landmarks)),
@@ -123,11 +153,13 @@ class Worker {
     v = take(kRows * static_cast<size_t>(vw));
     o = take(kRows * static_cast<size_t>(vw));
     scores = take(kRows * static_cast<size_t>(mw));
-    grads = take(kRows * static_cast<size_t>(mw));
     turned = take(static_cast<size_t>(key_dim) * mw);
-    scaled = take(static_cast<size_t>(m) * kw);
     values = take(static_cast<size_t>(m) * vw);
-    turned_values = take(static_cast<size_t>(value_dim) * mw);
+    if (backward) {
+      grads = take(kRows * static_cast<size_t>(mw));
+      scaled = take(static_cast<size_t>(m) * kw);
+      turned_values = take(static_cast<size_t>(value_dim) * mw);
+    }
     row = take(std::max(kw, vw));
     of_landmarks = take(3 * static_cast<size_t>(mw));
     if (taps > 0) {
@@ -153,48 +185,13 @@ class Worker {
     divide(task, p.of_q, p.landmarks_q, key_dim);
   }
 
-  // Landmarks of keys, of the task's segments; and of the task's rows what every landmark of queries sees: weights are
-  // e^(score − highest), `sums` theirs, [mw], and `sum_values` [m, vw] theirs times values.
-  void pass_keys(const Task& task, bool pool_only, A* highest, A* sums, A* sum_values) {
-    const Sequence& s = all[task.sequence];
-    clear_landmarks(task, p.landmarks_k, key_dim);
-    if (!pool_only) {
-      clear_landmarks(task, p.weighted, value_dim);
-      std::fill_n(highest, mw, -std::numeric_limits<A>::infinity());
-      std::fill_n(sums, mw, A{0});
-      std::fill_n(sum_values, static_cast<size_t>(m) * vw, A{0});
-    }
-    if (s.road == Road::kNothing) {
-      return;
-    }
-    const bool streams = !pool_only && s.road != Road::kByKeys;
-    if (streams) {
-      turn(at_head(p.landmarks_q, task, key_dim), key_dim, static_cast<A>(p.scale), turned);
-    }
-    for (int64_t first = task.rows.first; first < task.rows.last; first += kRows) {
-      const int count = load_keys(s, task, first);
-      if (!pool_only) {
-        load_values(s, task, first, count);
-      }
-      if (s.road != Road::kByQueries) {
-        pool(task, p.of_k, p.landmarks_k, first, count, k_rows, k_step, key_dim);
-      }
-      if (s.road == Road::kByKeys && !pool_only) {
-        pool(task, p.of_k, p.weighted, first, count, v_rows, v_step, value_dim);
-      }
-      if (streams && any_kept) {
-        multiply(count, m, key_dim, k_rows, k_step, 1, turned, mw, scores, mw, false);
-        weigh(count, highest, sums, sum_values);
-        multiply(m, value_dim, count, scores, 1, mw, v_rows, v_step, sum_values, vw, true);
-      }
-    }
-    if (s.road != Road::kByQueries) {
-      divide(task, p.of_k, p.landmarks_k, key_dim);
-    }
-  }
+  // Landmarks of keys, of the task's segments.
+  void pool_keys(const Task& task) { meet_keys(task, nullptr, 0); }
+  // These, and what every landmark of queries sees of the task's rows.
+  void pass_keys(const Task& task, KeySums<A>& sums, int64_t part) { meet_keys(task, &sums, part); }
 
-  // Y and the norms of rows of B, of parts of the keys.
-  void combine(const Task& head, int64_t parts, const A* highest, const A* sums, const A* sum_values) {
+  // Y and the norms of rows of B, of parts [begin, end) of the keys.
+  void combine(const Task& head, const KeySums<A>& of_parts, int64_t begin, int64_t end) {
     const Sequence& s = all[head.sequence];
     A* const summary = at_head(p.summary, head, value_dim);
     A* const norms = at_head(p.norms, head, 2);
@@ -206,21 +203,21 @@ class Worker {
     const A* const divisors = static_cast<const A*>(p.of_q.divisors) + head.sequence * m;
     for (int i = 0; i < m; ++i) {
       A top = -std::numeric_limits<A>::infinity(), sum = 0;
-      for (int64_t part = 0; part < parts; ++part) {
-        top = std::max(top, highest[part * mw + i]);
+      for (int64_t part = begin; part < end; ++part) {
+        top = std::max(top, of_parts.highest_of(part)[i]);
       }
-      const auto factor = [&](int64_t part) { return std::exp(highest[part * mw + i] - top); };
-      for (int64_t part = 0; part < parts; ++part) {
-        sum += factor(part) * sums[part * mw + i];
+      const auto factor = [&](int64_t part) { return std::exp(of_parts.highest_of(part)[i] - top); };
+      for (int64_t part = begin; part < end; ++part) {
+        sum += factor(part) * of_parts.weights_of(part)[i];
       }
       if (divisors[i] == 0) {  // a dead landmark sees padding as well
         sum = static_cast<A>(s.all_keys.size());
       }
       norms[2 * i] = top;
       norms[2 * i + 1] = sum;
-      for (int64_t part = 0; part < parts; ++part) {
+      for (int64_t part = begin; part < end; ++part) {
         const A share = factor(part) / sum;
-        const A* const from = sum_values + part * static_cast<int64_t>(m) * vw + static_cast<int64_t>(i) * vw;
+        const A* const from = of_parts.values_of(part) + static_cast<int64_t>(i) * vw;
         for (int e = 0; e < value_dim; ++e) {
           summary[i * value_dim + e] += share * from[e];
         }
@@ -488,8 +485,6 @@ class Worker {
     }
   }
 
-  static int whole_vectors(int64_t n) { return static_cast<int>((n + kLanes - 1) / kLanes * kLanes); }
-
   // Rows of x outside `kept`, of one head of one sequence, are 0.
   void clear_around(const View& x, const Task& head, Range whole, Range kept, int dim) {
     const Sequence& s = all[head.sequence];
@@ -500,11 +495,48 @@ class Worker {
   const Problem& p;
   const std::vector<Sequence>& all;
   const int m, key_dim, value_dim, taps, reach;
-  const int kw = whole_vectors(p.key_dim), vw = whole_vectors(p.value_dim), mw = whole_vectors(p.num_landmarks);
+  const int kw = whole_vectors<A>(p.key_dim), vw = whole_vectors<A>(p.value_dim);
+  const int mw = whole_vectors<A>(p.num_landmarks);
 
  private:
   static V all_of(A x) { return ::kx::KX_ISA::all(x); }
   static V minus(V x, V y) { return fms(x, all_of(1), y); }
+
+  void meet_keys(const Task& task, KeySums<A>* sums, int64_t part) {
+    const Sequence& s = all[task.sequence];
+    clear_landmarks(task, p.landmarks_k, key_dim);
+    if (sums != nullptr) {
+      clear_landmarks(task, p.weighted, value_dim);
+    }
+    if (s.road == Road::kNothing) {
+      return;
+    }
+    const bool streams = sums != nullptr && s.road != Road::kByKeys;
+    if (streams) {
+      turn(at_head(p.landmarks_q, task, key_dim), key_dim, static_cast<A>(p.scale), turned);
+    }
+    for (int64_t first = task.rows.first; first < task.rows.last; first += kRows) {
+      const int count = load_keys(s, task, first);
+      if (sums != nullptr) {
+        load_values(s, task, first, count);
+      }
+      if (s.road != Road::kByQueries) {
+        pool(task, p.of_k, p.landmarks_k, first, count, k_rows, k_step, key_dim);
+      }
+      if (s.road == Road::kByKeys && sums != nullptr) {
+        pool(task, p.of_k, p.weighted, first, count, v_rows, v_step, value_dim);
+      }
+      if (streams && any_kept) {
+        A* const values_here = sums->values_of(part);
+        multiply(count, m, key_dim, k_rows, k_step, 1, turned, mw, scores, mw, false);
+        weigh(count, sums->highest_of(part), sums->weights_of(part), values_here);
+        multiply(m, value_dim, count, scores, 1, mw, v_rows, v_step, values_here, vw, true);
+      }
+    }
+    if (s.road != Road::kByQueries) {
+      divide(task, p.of_k, p.landmarks_k, key_dim);
+    }
+  }
 
   A* take(size_t n) {
     buffers_.push_back(zeros<A>(n + kLanes));
@@ -866,9 +898,9 @@ class Worker {
   A *q, *k, *v, *o;                         // [kRows, kw] or [kRows, vw]
   const A *q_rows, *k_rows, *v_rows;        // rows of a block, there or in the tensors
   int64_t q_step, k_step, v_step;           // from row to row
-  A *scores, *grads;                        // [kRows, mw]
-  A *turned, *turned_values;                // [D, mw], [D_v, mw]
-  A *scaled, *values;                       // [m, kw], [m, vw]
+  A *scores, *turned, *values;              // [kRows, mw], [D, mw], [m, vw]
+  A *grads = nullptr, *scaled = nullptr;    // [kRows, mw], [m, kw]
+  A* turned_values = nullptr;               // [D_v, mw]
   A* row;                                   // [kw or vw]
   A* of_landmarks;                          // [3, mw]
   A *around = nullptr, *weights = nullptr;  // [kRows + taps, vw], [taps + 2·kTileRows]
@@ -885,7 +917,7 @@ void run_all(const Problem& p, const std::vector<Sequence>& all, const std::vect
   const int64_t count = static_cast<int64_t>(tasks.size());
 #pragma omp parallel num_threads(static_cast<int>(std::clamp<int64_t>(count, 1, threads))) if (threads > 1)
   {
-    Worker<T, A> worker(p, all);
+    Worker<T, A> worker(p, all, p.grad_o.data != nullptr);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < count; ++i) {
       each(worker, tasks[i], i);
@@ -958,9 +990,7 @@ void matrices(const Problem& p, int threads) {
   align(queries, p.of_q, p.num_landmarks, all, &Sequence::queries);
   align(keys, p.of_k, p.num_landmarks, all, &Sequence::keys);
   run_all<T, A>(p, all, queries, threads, [&](auto& worker, const Task& task, int64_t) { worker.pool_queries(task); });
-  run_all<T, A>(p, all, keys, threads, [&](auto& worker, const Task& task, int64_t) {
-    worker.pass_keys(task, true, nullptr, nullptr, nullptr);
-  });
+  run_all<T, A>(p, all, keys, threads, [&](auto& worker, const Task& task, int64_t) { worker.pool_keys(task); });
   std::vector<int64_t> first;
   const std::vector<Task> heads = heads_of(keys, &first);
   run_all<T, A>(p, all, heads, threads, [&](auto& worker, const Task& head, int64_t i) {
@@ -991,23 +1021,30 @@ void forward(const Problem& p, int threads) {
   align(keys, p.of_k, p.num_landmarks, all, &Sequence::keys);
   std::vector<int64_t> first;
   const std::vector<Task> heads = heads_of(keys, &first);
-  const int64_t mw = W::whole_vectors(p.num_landmarks), wide = p.num_landmarks * W::whole_vectors(p.value_dim);
-  const size_t parts = keys.size();
-  Buffer<A> highest = zeros<A>(parts * mw + 1), sums = zeros<A>(parts * mw + 1),
-            sum_values = zeros<A>(parts * wide + 1);
+  first.push_back(static_cast<int64_t>(keys.size()));
 
   run_all<T, A>(p, all, queries, threads, [&](W& worker, const Task& task, int64_t) { worker.pool_queries(task); });
-  run_all<T, A>(p, all, keys, threads, [&](W& worker, const Task& task, int64_t i) {
-    worker.pass_keys(task, false, highest.get() + i * mw, sums.get() + i * mw, sum_values.get() + i * wide);
-  });
+  if (static_cast<int64_t>(heads.size()) >= 2 * threads) {  // a thread has all parts of a head, one after the other
+    run_all<T, A>(p, all, heads, threads, [&](W& worker, const Task& head, int64_t i) {
+      KeySums<A> sums(p, first[i + 1] - first[i]);
+      for (int64_t part = 0; part < sums.parts; ++part) {
+        worker.pass_keys(keys[first[i] + part], sums, part);
+      }
+      worker.combine(head, sums, 0, sums.parts);
+    });
+  } else {
+    KeySums<A> sums(p, static_cast<int64_t>(keys.size()));
+    run_all<T, A>(p, all, keys, threads,
+                  [&](W& worker, const Task& task, int64_t i) { worker.pass_keys(task, sums, i); });
+    run_all<T, A>(p, all, heads, threads,
+                  [&](W& worker, const Task& head, int64_t i) { worker.combine(head, sums, first[i], first[i + 1]); });
+  }
   std::vector<A> norm;
   std::vector<int> ties;
   if (p.init == Init::kOriginal) {
     norms<T, A>(p, all, heads, threads, &norm, &ties);
   }
   run_all<T, A>(p, all, heads, threads, [&](W& worker, const Task& head, int64_t i) {
-    const int64_t from = first[i], of_head = (i + 1 < static_cast<int64_t>(first.size()) ? first[i + 1] : parts) - from;
-    worker.combine(head, of_head, highest.get() + from * mw, sums.get() + from * mw, sum_values.get() + from * wide);
     if (all[head.sequence].road != Road::kNystrom) {
       return;
     }
@@ -1020,7 +1057,7 @@ void forward(const Problem& p, int threads) {
     worker.matrix(head, true, inverse.a);
     int unused;
     const A largest = p.init == Init::kOriginal ? norm[i] : inverse.largest_column(&unused);
-    worker.weigh_summary(head, inverse.run(largest * static_cast<A>(1 + p.ridge)), mw);
+    worker.weigh_summary(head, inverse.run(largest * static_cast<A>(1 + p.ridge)), worker.mw);
   });
   const std::vector<Task> outs = cut(all, p.heads, &Sequence::queries, kPartRows);
   run_all<T, A>(p, all, outs, threads, [&](W& worker, const Task& task, int64_t) {
@@ -1054,8 +1091,8 @@ void backward(const Problem& p, int threads) {
   heads_of(keys, &first_keys);
   first.push_back(static_cast<int64_t>(queries.size()));
   first_keys.push_back(static_cast<int64_t>(keys.size()));
-  const int64_t narrow_rows = p.num_landmarks * W::whole_vectors(p.key_dim);
-  const int64_t wide_rows = p.num_landmarks * W::whole_vectors(p.value_dim);
+  const int64_t narrow_rows = p.num_landmarks * whole_vectors<A>(p.key_dim);
+  const int64_t wide_rows = p.num_landmarks * whole_vectors<A>(p.value_dim);
   Buffer<A> grad_summary = zeros<A>(queries.size() * wide_rows + 1);  // ∂W, then ∂Y
   Buffer<A> grad_k = zeros<A>(queries.size() * narrow_rows + 1);      // ∂K̃
   Buffer<A> grad_q = zeros<A>(heads.size() * narrow_rows + 1);        // ∂Q̃ / a of the matrices, then ∂Q̃

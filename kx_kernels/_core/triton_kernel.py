@@ -191,11 +191,11 @@ def score(products, i, j, keep, y_keep, a, b, bias, head, shift, CAUSAL: tl.cons
 
 @triton.jit
 def activate(x, F: tl.constexpr):
-    """f(x)."""
+    """f(x). NaN stays NaN."""
     if F == "relu2":
-        return tl.maximum(x, 0) * tl.maximum(x, 0)
+        return tl.where(x <= 0, 0.0, x * x)
     elif F == "relu":
-        return tl.maximum(x, 0)
+        return tl.where(x <= 0, 0.0, x)
     elif F == "silu":
         return x / (1 + tl.exp(-x))
     elif F == "sigmoid":
@@ -208,11 +208,11 @@ def activate(x, F: tl.constexpr):
 
 @triton.jit
 def slope(x, F: tl.constexpr):
-    """f′(x)."""
+    """f′(x). NaN stays NaN."""
     if F == "relu2":
-        return 2 * tl.maximum(x, 0)
+        return tl.where(x <= 0, 0.0, 2 * x)
     elif F == "relu":
-        return tl.where(x > 0, 1.0, 0.0)
+        return tl.where(x <= 0, 0.0, 1.0)
     elif F == "silu":
         sigma = 1 / (1 + tl.exp(-x))
         return sigma * (1 + x * (1 - sigma))

@@ -44,7 +44,7 @@ def _sizes(p: GauProblem) -> Sizes:
 def unsupported(p: GauProblem) -> str | None:
     sizes = _sizes(p)
     batch, n_q, heads, s = p.q.shape
-    blocks = max(n_q, p.k.shape[1]) // min(sizes.rows // 8, sizes.keys) + _sequences(p) + 1
+    blocks = max(n_q, p.k.shape[1]) // min(sizes.rows // 16, sizes.keys) + _sequences(p) + 1
     slices = -(-s // sizes.columns) + -(-p.v.shape[3] // sizes.columns)
     tiles = p.workspace // (sizes.rows * sizes.keys * p.q.itemsize)
     return triton.unsupported(p.device, p.q.dtype, max(batch * heads * blocks * slices, tiles))
@@ -241,7 +241,7 @@ def _run_rows(
     """out = g times a factor, and δ."""
     from ..._core.triton_kernel import rows_kernel
 
-    rows = max(1, launch.sizes.rows // 8)
+    rows = max(1, launch.sizes.rows // 16)
     triton.launch(
         rows_kernel,
         launch.batch * launch.heads * launch.blocks(rows),
