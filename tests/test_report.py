@@ -1,4 +1,4 @@
-"""The report: counts that gate, known fits, runs that go on, answers without evidence. Its page: test_report_page.py."""
+"""The report: counts that gate, known fits, runs that go on, answers without evidence. Its page has its own tests."""
 
 from __future__ import annotations
 

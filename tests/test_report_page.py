@@ -24,6 +24,7 @@ from benchmarks.environment import ROOT
 
 KEPT = sorted((ROOT / "benchmarks" / "results").glob("*/*.json"))
 NOT_KEPT = "no run of the layers is kept"
+pytestmark = pytest.mark.xdist_group("the page of the report")  # drawn once
 LIGHT, DARK = "#ffffff", "#111827"  # the page
 
 
