@@ -10,7 +10,22 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..fits import Interval
+
 HOLDS, FAILS, OPEN = "holds", "fails", "cannot be decided here"
+
+
+def within(found: Interval, low: float, high: float) -> str:
+    """The verdict on a number that is said to lie between the two: none unless all of the interval agrees."""
+    if low <= found.low and found.high <= high:
+        return HOLDS
+    return FAILS if found.high < low or found.low > high else OPEN
+
+
+def worst(verdicts: Iterable[str]) -> str:
+    """Of something that is said of several lengths."""
+    given = set(verdicts)
+    return next((v for v in (FAILS, OPEN) if v in given), HOLDS)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from .. import figures, layers
 from ..figures import Figure
-from .cost import added, layer, scaled
+from .cost import PAPER, added, layer, scaled
 from .evidence import Evidence, H
 
 MS = "milliseconds"
@@ -63,6 +63,14 @@ def nystrom(e: Evidence) -> Figure:
     chosen = [("mixing", "attention", "eager"), ("mixing", "attention", "fused")]
     chosen += [("mixing", f"Nyström, m = {m}", "ours") for m in layers.LANDMARKS]
     return _times(e, chosen, "Each line of landmarks is parallel to the next, and crosses attention later.")
+
+
+def table_of_the_paper(e: Evidence) -> Figure:
+    chosen = [("attention", "eager"), *((name, "ours") for name in PAPER if name != "attention")]
+    series = {f"{name}, {by}": figures.median_milliseconds(e.times("mixing", name, by)) for name, by in chosen}
+    paper = {f"{name}, paper": {n: ms for n, (_, ms) in rows.items()} for name, rows in PAPER.items()}
+    see = "The paper's milliseconds (dotted) are of a GPU and of whole modules: compare how far lines lie apart."
+    return figures.lines(series | paper, see, "tokens n", MS, dotted=paper)
 
 
 def pair(e: Evidence) -> Figure:
@@ -161,6 +169,7 @@ FIGURES: dict[str, Callable[[Evidence], Figure]] = {
     "C5": linear,
     "C7": performer,
     "C14": decoding,
+    "C15": table_of_the_paper,
     "C16": nystrom,
     "C17": approximations,
     "C18": pair,
