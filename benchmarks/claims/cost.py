@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from torch import nn
 
 from .. import fits, layers
-from . import FAILS, HOLDS, OPEN, Answer, Claim, within, worst
+from . import FAILS, HOLDS, OPEN, Answer, Claim, each, within, worst
 from .evidence import Evidence, H
 
 D = layers.HEAD_DIM
@@ -70,15 +69,6 @@ def at_crossover(of: str, claimed: float, found: fits.Interval | None, least: fl
     else:
         why = f"the interval reaches beyond a factor of {NEAR} of {tokens(claimed)}"
     return Answer(of, place(found), verdict, why)
-
-
-def each(readings: Iterable[tuple[str, tuple[Any, ...]]], answer: Callable[..., Answer]) -> Iterator[Answer]:
-    """An answer for each reading, by name and what it depends on; one whose rows are missing says so."""
-    for of, key in readings:
-        try:
-            yield answer(of, *key)
-        except LookupError as missing:
-            yield Answer(of, "–", OPEN, str(missing).strip("'\""))
 
 
 BASELINES = (("materialised attention", ("eager",)), ("fused attention", ("fused",)))
