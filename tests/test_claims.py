@@ -329,6 +329,17 @@ def test_rotary_embeddings() -> None:
     assert verdicts("C24", rotary=rotated(added=1, eager=9, ours=3))["fused, ours"] == FAILS
 
 
+def test_a_row_without_times_gives_its_reason() -> None:
+    rows = [*rotated(added=1, eager=4.5), {"name": "RoPE, ours", "reason": "its result is wrong"}]
+    assert answers("C24", rotary=rows)["fused, ours"] == Answer(
+        "fused, ours", "–", OPEN, "RoPE, ours: its result is wrong"
+    )
+    key = {"level": "layer", "name": "feed-forward", "by": "eager", "what": "forward", "length": 1024}
+    rows = [key | {"width": width, "reason": "no room"} for width in layers.WIDTHS.values()]
+    rows += timed({("layer", "attention", "fused"): line})
+    assert {a.why.rsplit(": ", 1)[-1] for of, a in answers("C1", times=rows).items() if "fused" in of} == {"no room"}
+
+
 def test_fewer_multiplications_are_not_as_much_less_time() -> None:
     assert verdicts("C25", rotary=rotated(ours=1, matrices=30)) == {"faster": HOLDS, "32 times as fast": HOLDS}
     assert verdicts("C25", rotary=rotated(ours=1, matrices=8)) == {"faster": HOLDS, "32 times as fast": FAILS}
