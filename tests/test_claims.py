@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("scipy")
 
-from benchmarks import fits, layers
+from benchmarks import fits, layers, models, quality
 from benchmarks.claims import FAILS, HOLDS, OPEN, Answer, all_claims, cost, within, worst
 from benchmarks.claims.evidence import Evidence
 
@@ -328,7 +329,197 @@ def test_rotary_embeddings() -> None:
     assert verdicts("C24", rotary=rotated(added=1, eager=9, ours=3))["fused, ours"] == FAILS
 
 
+def test_a_row_without_times_gives_its_reason() -> None:
+    rows = [*rotated(added=1, eager=4.5), {"name": "RoPE, ours", "reason": "its result is wrong"}]
+    assert answers("C24", rotary=rows)["fused, ours"] == Answer(
+        "fused, ours", "–", OPEN, "RoPE, ours: its result is wrong"
+    )
+    key = {"level": "layer", "name": "feed-forward", "by": "eager", "what": "forward", "length": 1024}
+    rows = [key | {"width": width, "reason": "no room"} for width in layers.WIDTHS.values()]
+    rows += timed({("layer", "attention", "fused"): line})
+    assert {a.why.rsplit(": ", 1)[-1] for of, a in answers("C1", times=rows).items() if "fused" in of} == {"no room"}
+
+
 def test_fewer_multiplications_are_not_as_much_less_time() -> None:
     assert verdicts("C25", rotary=rotated(ours=1, matrices=30)) == {"faster": HOLDS, "32 times as fast": HOLDS}
     assert verdicts("C25", rotary=rotated(ours=1, matrices=8)) == {"faster": HOLDS, "32 times as fast": FAILS}
     assert verdicts("C25", rotary=rotated(ours=2, matrices=1)) == {"faster": FAILS, "32 times as fast": FAILS}
+
+
+def computed(claim: str, **experiments: Any) -> dict[str, str]:
+    return {of: a.verdict for of, a in answers(claim, quality=experiments).items()}
+
+
+def test_a_property_of_rope_that_was_not_computed() -> None:
+    found = computed("D1", rope_relativity={"shift": 1e-7, "norm": 1e-2})
+    assert list(found.values()) == [HOLDS, FAILS, OPEN, OPEN, OPEN]
+
+
+@pytest.mark.parametrize(("far", "verdict"), [(0.3, HOLDS), (0.8, FAILS), (-0.8, FAILS)])
+def test_scores_of_equal_vectors_decay(far: float, verdict: str) -> None:
+    near = (0, 1, 4, 16, 32, 64, 128)
+    rows = [{"distance": m, "bound": 30.0, "scores": 11.0, "same": 1.0} for m in near]
+    rows += [{"distance": m, "bound": 5.0, "scores": 11.0, "same": far} for m in (256, 512, 1024, 2048, 4096)]
+    found = computed("D2", decay=rows)
+    assert found["scores of q = k"] == verdict
+    assert found["scores of random q and k"] == FAILS
+
+
+@pytest.mark.parametrize(("share", "verdict"), [(1.0, HOLDS), (0.9, FAILS)])
+def test_scores_of_a_trained_model_decay_in_every_head(share: float, verdict: str) -> None:
+    rows = [{"distance": 1, "score": 1.0, "less": 0.0}, {"distance": 256, "score": 0.0, "less": share}]
+    assert computed("D2", real_decay=rows)["scores of a trained model, in every head"] == verdict
+
+
+@pytest.mark.parametrize(("last", "sums", "size"), [(0.3, HOLDS, FAILS), (0.8, HOLDS, HOLDS), (1.0, FAILS, HOLDS)])
+def test_weights_of_a_rotated_numerator(last: float, sums: str, size: str) -> None:
+    rows = [{"position": i, "sum": x, "negative": 0.01, "least": 0.2} for i, x in ((0, 1.0), (511, last))]
+    found = computed("D3", rotated_features=rows)
+    assert found["elu + 1 of random q and k"] == sums
+    assert found["yet outputs keep their size"] == size
+    hand = {"weights": [-0.3125, 0.6205], "opposite": [-1.0]}
+    assert set(list(computed("D3", rotated_features=rows, rotated_by_hand=hand).values())[2:]) == {HOLDS}
+    hand = {"weights": [0.3125, 0.6205], "opposite": [0.1]}
+    assert set(list(computed("D3", rotated_features=rows, rotated_by_hand=hand).values())[2:]) == {FAILS}
+
+
+@pytest.mark.parametrize(
+    ("causal", "masked", "expected"),
+    [(1.01, 1.5, [HOLDS, HOLDS, HOLDS]), (1.4, 2.2, [FAILS, HOLDS, HOLDS]), (1.04, 1.04, [HOLDS, FAILS, FAILS])],
+)
+def test_little_is_not_only_less_than_much(causal: float, masked: float, expected: list[str]) -> None:
+    losses = {"roformer": 1.0, "roformer-masked": 1.0, "linear": causal, "linear-masked": masked}
+    found = computed("D5", trained=[{"name": name, "loss": x} for name, x in losses.items()])
+    assert list(found.values())[:3] == expected
+    assert OPEN in found.values()  # no bands
+
+
+@pytest.mark.parametrize(("narrow", "verdict"), [(1.8, HOLDS), (2.2, FAILS)])
+def test_a_band_raises_quality(narrow: float, verdict: str) -> None:
+    losses = {16: narrow, 512: 2.0}
+    rows = [{"name": name, "band": w, "loss": losses[w]} for name in ("linear", "linear-masked") for w in losses]
+    found = computed("D5", bands=rows)
+    assert [v for of, v in found.items() if "band" in of] == [verdict, verdict]
+
+
+def made_up(**long: float) -> dict[str, Any]:
+    """Outputs and noise at 512 and at 8,192, where the outputs can be changed."""
+    names = {
+        "by_n": "relu²/n",
+        "by_512": "relu²/512",
+        "by_sum": "relu²/sum",
+        "softmax": "softmax",
+        "plus": "softmax_plus",
+    }
+    means = {"by_n": 0.05, "by_512": 0.8, "by_sum": 0.1, "softmax": 0.9, "plus": 0.998} | long
+    noises = {"by_n": 0.01, "by_512": 0.2, "by_sum": 0.03, "softmax": 0.01, "plus": 0.001}
+    short = {"length": 512, **dict.fromkeys(names.values(), 0.8), "softmax": 0.95, "softmax_plus": 0.95}
+    quiet = {"length": 512, **dict.fromkeys(names.values(), 0.05)}
+    means, noises = ({"length": 8192} | {names[k]: x for k, x in found.items()} for found in (means, noises))
+    return {"lengths": [short, means], "noise": [quiet, noises]}
+
+
+def test_normalisers_at_length() -> None:
+    found = computed("D6", **made_up())
+    assert list(found.values())[:7] == 7 * [HOLDS]
+    best = "softmax does better than relu², whatever divides it"
+    assert computed("D6", **made_up(softmax=0.2))[best] == FAILS
+    assert computed("D6", **made_up(softmax=0.97))["softmax_plus alone improves with n"] == FAILS
+    assert computed("D6", **made_up(by_n=0.5))["relu²/n falls as 1/n"] == FAILS
+    assert computed("D6", **made_up(by_n=0.9))["relu²/512 does better than relu²/n"] == FAILS
+    assert computed("D6", **made_up(by_512=0.3))["relu²/512 keeps its mean"] == FAILS
+    assert computed("D6", **made_up(by_sum=0.7))["relu²/sum falls as well"] == FAILS
+
+
+@pytest.mark.parametrize(
+    ("softmax", "does_not_fail", "loses_more"), [(1.03, HOLDS, HOLDS), (2.0, FAILS, HOLDS), (3.0, FAILS, FAILS)]
+)
+def test_to_lose_less_is_not_to_lose_nothing(softmax: float, does_not_fail: str, loses_more: str) -> None:
+    rows = [{"length": 512, "gau": 1.0, "roformer": 1.0}, {"length": 2048, "gau": 2.5, "roformer": softmax}]
+    found = computed("D6", beyond=rows)
+    assert found["trained at 512: softmax does not fail"] == does_not_fail
+    assert found["trained at 512: relu²/n loses more"] == loses_more
+    assert found["trained at 512: softmax with log n beyond does better"] == OPEN
+    rows[1] |= {"roformer, log n": softmax - 0.1, "gau, n fixed": 2.6}
+    found = computed("D6", beyond=rows)
+    assert found["trained at 512: softmax with log n beyond does better"] == HOLDS
+    assert found["trained at 512: relu² with an n that stays beyond does better"] == FAILS
+
+
+@pytest.mark.parametrize(("rms", "verdict"), [((0.1, 0.003), HOLDS), ((0.1, 0.05), FAILS)])
+def test_sizes_of_a_new_unit(rms: tuple[float, float], verdict: str) -> None:
+    rows = [{"length": n, "rms": x, "ratio": 70.0} for n, x in zip((64, 2048), rms, strict=True)]
+    found = computed("D8", initial_turned=rows)
+    assert found["with RoPE: the output falls as 1/n"] == verdict
+    assert found["with RoPE: a token sees itself 69 times as much"] == HOLDS
+
+
+@pytest.mark.parametrize(("output", "verdict"), [(120, HOLDS), (650, FAILS)])
+def test_scaled_weights(output: float, verdict: str) -> None:
+    rows = [{"factor": 2.0, "output": output}]
+    assert computed("D8", initial_factors=rows)["weights times 2: the output times 2⁷"] == verdict
+
+
+@pytest.mark.parametrize(("high", "relu2", "softmax"), [(1.0, FAILS, HOLDS), (1.5, HOLDS, FAILS)])
+def test_positions_of_equal_tokens(high: float, relu2: str, softmax: str) -> None:
+    rows = [{"name": name, "low": 1.0, "high": high} for name in ("relu²", "softmax")]
+    assert computed("D9", same_tokens=rows) == {"relu²": relu2, "softmax over l2 norms": OPEN, "softmax": softmax}
+
+
+@pytest.mark.parametrize(("error", "verdict"), [(0.05, HOLDS), (0.9, FAILS)])
+def test_landmarks_on_a_trained_model(error: float, verdict: str) -> None:
+    sizes = [(n, m) for n in (256, 512, 1024) for m in (16, 32, 64, 128)]
+    rows = [{"length": n, "by": "Nyström", "size": m, "error": error} for n, m in sizes]
+    found = computed("D10", approximations=rows)
+    assert [found[f"a trained model, n = {n}"] for n in ("256", "512", "1,024")] == 3 * [verdict]
+
+
+def test_a_form_that_was_not_computed() -> None:
+    assert list(computed("D13", one_function={"whole": 1e-7, "recurrent": 1e-3}).values()) == [HOLDS, OPEN, OPEN, FAILS]
+    assert list(computed("D14", chunks={"causal": 1e-16, "full": 1e-3}).values()) == [HOLDS, FAILS, OPEN]
+
+
+def heads_of(n: int) -> torch.Tensor:
+    """q, k and v of a small model."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(3, 1, n, models.HEADS, models.WIDTH // models.HEADS, generator=generator)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_band_of_all_keys_is_the_model_itself(causal: bool) -> None:
+    layer = models.Attention(models.Config("linear", causal))
+    q, k, v = heads_of(40)
+    with torch.no_grad():
+        whole, band, narrow = layer.mix(q, k, v), *(quality._band(layer, w, q, k, v) for w in (40, 8))
+    torch.testing.assert_close(band, whole)
+    assert (narrow[:, :8] - whole[:, :8]).abs().max() < 1e-5 if causal else (narrow - whole).abs().max() > 1e-2
+    assert (narrow[:, 8:] - whole[:, 8:]).abs().max() > 1e-2
+
+
+def test_scores_grow_beyond_the_trained_length_only() -> None:
+    layer = models.Attention(models.Config("softmax", True))
+    q, k, v = heads_of(2 * models.CONTEXT)
+    with torch.no_grad():
+        plain, scaled = layer.mix(q, k, v), quality._scaled(layer, q, k, v)
+    torch.testing.assert_close(scaled[:, : models.CONTEXT], plain[:, : models.CONTEXT])
+    assert (scaled[:, -1] - plain[:, -1]).abs().max() > 1e-3
+
+
+def test_what_is_said_of_made_up_inputs() -> None:
+    """Numbers that the list of claims has from elsewhere."""
+    hand = quality.rotated_by_hand()
+    assert hand["weights"] == pytest.approx([-0.313, 0.620], abs=1e-3)
+    same = {r["distance"]: r["same"] for r in quality.decay()}
+    assert [same[m] for m in (16, 256, 4096)] == pytest.approx([0.62, 0.32, -0.05], abs=0.02)
+    relu2 = next(r for r in quality.same_tokens() if r["name"] == "relu²")
+    assert relu2["high"] > 1.01 * relu2["low"]
+
+
+def test_what_a_gated_unit_attends_with_is_heard() -> None:
+    model = models.Model(models.MODELS["gau"])
+    with torch.no_grad(), models.listening(model) as found:
+        model(torch.zeros(1, 8, dtype=torch.long))
+    assert len(found) == len(model.layers)
+    assert all(q.shape == k.shape == (1, 8, 1, models.KEY_DIM) for q, k, _ in found)
+    model(torch.zeros(1, 8, dtype=torch.long))
+    assert len(found) == len(model.layers)  # no longer

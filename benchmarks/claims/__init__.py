@@ -6,7 +6,7 @@ Jianlin Su's Scientific Spaces (kexue.fm/archives/number); the papers by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,6 +38,19 @@ class Answer:
     why: str
 
 
+def missed(of: str, missing: LookupError) -> Answer:
+    return Answer(of, "–", OPEN, str(missing).strip("'\""))
+
+
+def each(readings: Iterable[tuple[str, tuple[Any, ...]]], answer: Callable[..., Answer]) -> Iterator[Answer]:
+    """An answer for each reading, by name and what it depends on; one whose rows are missing says so."""
+    for of, key in readings:
+        try:
+            yield answer(of, *key)
+        except LookupError as missing:
+            yield missed(of, missing)
+
+
 @dataclass(frozen=True)
 class Claim:
     id: str
@@ -53,7 +66,7 @@ class Claim:
         try:
             answers = list(self.answers(evidence))
         except LookupError as missing:  # what it needs was not measured
-            answers = [Answer("", "–", OPEN, str(missing).strip("'\""))]
+            answers = [missed("", missing)]
         row = {"id": self.id, "says": self.says, "source": self.source, "predicted": self.predicted}
         return row | {"counted": self.counted(), "answers": [asdict(a) for a in answers]}
 

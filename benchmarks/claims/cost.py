@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from torch import nn
 
 from .. import fits, layers
-from . import FAILS, HOLDS, OPEN, Answer, Claim, within, worst
+from . import FAILS, HOLDS, OPEN, Answer, Claim, each, within, worst
 from .evidence import Evidence, H
 
 D = layers.HEAD_DIM
@@ -72,20 +71,12 @@ def at_crossover(of: str, claimed: float, found: fits.Interval | None, least: fl
     return Answer(of, place(found), verdict, why)
 
 
-def each(readings: Iterable[tuple[str, tuple[Any, ...]]], answer: Callable[..., Answer]) -> Iterator[Answer]:
-    """An answer for each reading, by name and what it depends on; one whose rows are missing says so."""
-    for of, key in readings:
-        try:
-            yield answer(of, *key)
-        except LookupError as missing:
-            yield Answer(of, "–", OPEN, str(missing).strip("'\""))
-
-
 BASELINES = (("materialised attention", ("eager",)), ("fused attention", ("fused",)))
 PAIRS = (
     ("both in eager torch", ("eager", "eager")),
     ("ours against fused attention", ("ours", "fused")),
 )
+EVERY_PAIR = (PAIRS[0], ("ours against materialised attention", ("ours", "eager")), PAIRS[1])
 
 
 @functools.cache
@@ -257,9 +248,14 @@ def both_readings(e: Evidence) -> Iterator[Answer]:
 
     def answer(of: str, mine: str, theirs: str) -> Answer:
         gains = ratios(layer(e, theirs), added(unmixed(e), e.times("mixing", WIDE, mine)))
-        return as_products(of, gains, GAINS, "times as fast")
+        return as_products(of, gains, GAINS, "times as fast, projections as they were")
+
+    def whole(of: str, mine: str, theirs: str) -> Answer:
+        wide = added(e.times("layer", WIDE, mine), e.times("layer", "feed-forward", "eager"))
+        return as_products(of, ratios(layer(e, theirs), wide), GAINS, "times as fast, projections as wide")
 
     yield from each([(f"a layer, keys and values 4d: {of}", by) for of, by in PAIRS], answer)
+    yield from each([(f"with its projections, keys and values 4d: {of}", by) for of, by in PAIRS], whole)
 
 
 def as_products(of: str, found: Mapping[int, fits.Interval], said: Mapping[int, float], what: str) -> Answer:
@@ -290,11 +286,11 @@ def slower_when_short(e: Evidence) -> Iterator[Answer]:
 
 # C7, C20, C21
 def performer(e: Evidence) -> Iterator[Answer]:
-    def answer(of: str, by: str) -> Answer:
-        mine = added(e.times("layer", "Performer", "ours"), e.times("layer", "feed-forward", "eager"))
-        return at_crossover(of, 5000, fits.crossover(layer(e, by), scaled(mine, CLEAR)))
+    def answer(of: str, mine: str, theirs: str) -> Answer:
+        features = added(e.times("layer", "Performer", mine), e.times("layer", "feed-forward", "eager"))
+        return at_crossover(of, 5000, fits.crossover(layer(e, theirs), scaled(features, CLEAR)))
 
-    return each([(f"ours against {of}", by) for of, by in BASELINES], answer)
+    return each(EVERY_PAIR, answer)
 
 
 def units_against_pair(e: Evidence) -> Iterator[Answer]:
@@ -351,8 +347,7 @@ def memory_against_time(e: Evidence) -> Iterator[Answer]:
         verdict = HOLDS if memory > time.high else FAILS if memory < time.low else OPEN
         return Answer(of, f"at n = {n:,}: memory {memory:.1f}× less, time {time}× less", verdict, "which falls more")
 
-    readings = (PAIRS[0], ("ours against materialised attention", ("ours", "eager")), PAIRS[1])
-    return each(readings, answer)
+    return each(EVERY_PAIR, answer)
 
 
 def states_against_scores(e: Evidence) -> Iterator[Answer]:
@@ -454,7 +449,7 @@ STATE, CACHE = "linear attention, state", "attention, cache of keys and values"
 
 
 def contexts(e: Evidence, name: str) -> dict[int, Sequence[float]]:
-    found = {r["length"]: r["times"] for r in e.rows("decoding") if r["name"] == name}
+    found = {r["length"]: r["times"] for r in e.named("decoding", name)}
     if len(found) < 2:
         raise LookupError(f"{name}: too few contexts were measured")
     return found
@@ -617,16 +612,12 @@ def counted_pair() -> str:
 
 # C24, C25
 def rotary(e: Evidence) -> Iterator[Answer]:
-    rows = {r["name"]: r for r in e.rows("rotary")}
-
     def answer(of: str, above: str, below: str, low: float, high: float, why: str) -> Answer:
-        for name in (above, below):
-            if name not in rows:
-                raise LookupError(f"{name} was not measured")
-        found = fits.ratio(rows[above]["times"], rows[below]["times"])
+        row, other = (e.named("rotary", name)[0] for name in (above, below))
+        found = fits.ratio(row["times"], other["times"])
         told = f"{found} times {below}"
-        if "bytes" in rows[above]:
-            told += f"; {rows[above]['bytes'] / float(np.median(rows[above]['times'])) / 1e9:.1f} GB/s"
+        if "bytes" in row:
+            told += f"; {row['bytes'] / float(np.median(row['times'])) / 1e9:.1f} GB/s"
         return Answer(of, told, within(found, low, high), why)
 
     added, ours = "an embedding added", "RoPE, ours"
@@ -641,8 +632,7 @@ def rotary(e: Evidence) -> Iterator[Answer]:
 
 
 def matrices(e: Evidence) -> Iterator[Answer]:
-    times = {r["name"]: r["times"] for r in e.rows("rotary")}
-    found = fits.ratio(times["RoPE, as matrices"], times["RoPE, ours"])
+    found = fits.ratio(*(e.named("rotary", name)[0]["times"] for name in ("RoPE, as matrices", "RoPE, ours")))
     told = f"matrices take {found} times as long as ours"
     yield Answer("faster", told, within(found, 1, math.inf), "above 1")
     said = D / 2
