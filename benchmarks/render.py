@@ -13,7 +13,7 @@ from plotly.offline import get_plotlyjs
 from . import figures, sections, suite
 from .claims import FAILS, HOLDS, OPEN, all_claims
 from .claims.evidence import Evidence
-from .claims.figures import FIGURES
+from .claims.figures import of_claim
 from .suite import NAMES, OPERATORS
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -66,10 +66,7 @@ def claims(parts: Parts) -> dict[str, Any] | None:
     evidence = Evidence(parts)
     rows = [claim.row(evidence) for claim in all_claims()]
     for row in rows:
-        try:
-            row["figure"] = FIGURES[row["id"]](evidence) if row["id"] in FIGURES else None
-        except LookupError:  # not measured, as the row says
-            row["figure"] = None
+        row["figures"] = list(of_claim(row["id"], evidence))
     count = Counter(a["verdict"] for row in rows for a in row["answers"])
     return {"rows": rows, "holds": count[HOLDS], "fails": count[FAILS], "open": count[OPEN]}
 

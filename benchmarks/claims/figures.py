@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 from .. import figures, layers
 from ..figures import Figure
@@ -118,12 +119,25 @@ def decay(e: Evidence) -> Figure:
     return figures.lines(series, see, "distance", "score", logarithmic="x")
 
 
+def real_decay(e: Evidence) -> Figure:
+    rows = [r for r in e.computed("real_decay") if r["distance"] > 0]
+    series = {"mean over heads": {int(r["distance"]): r["score"] for r in rows}}
+    see = "Queries and keys of a trained model: mean scores at a distance, over their root mean square in a head."
+    return figures.lines(series, see, "distance", "score", logarithmic="x")
+
+
+def _by_length(rows: list[dict[str, float]]) -> dict[str, dict[int, float]]:
+    return {name: {int(r["length"]): r[name] for r in rows} for name in rows[0] if name != "length"}
+
+
 def lengths(e: Evidence) -> Figure:
-    rows = e.computed("lengths")
-    names = [name for name in rows[0] if name != "length"]
-    series = {name: {int(r["length"]): r[name] for r in rows} for name in names}
     see = "What four keys that matter contribute among n: 1 is right at every length."
-    return figures.lines(series, see, "tokens n", "output")
+    return figures.lines(_by_length(e.computed("lengths")), see, "tokens n", "output")
+
+
+def noise(e: Evidence) -> Figure:
+    see = "What the other keys add to it, whose values are ± 1: less is better."
+    return figures.lines(_by_length(e.computed("noise")), see, "tokens n", "standard deviation")
 
 
 def smoothness(e: Evidence) -> Figure:
@@ -155,27 +169,32 @@ def approximations(e: Evidence) -> Figure:
 
 
 def beyond(e: Evidence) -> Figure:
-    rows = e.computed("beyond")
     named = {"roformer": "softmax attention", "gau": "GAU, ours", "linear": "linear attention, ours"}
-    series = {named.get(key, key): {r["length"]: r[key] for r in rows} for key in rows[0] if key != "length"}
+    series = {named.get(name, name): points for name, points in _by_length(e.computed("beyond")).items()}
     see = "Small models of bytes trained at 512: what longer text does to their loss."
     return figures.lines(series, see, "tokens n", "nats per byte", logarithmic="x")
 
 
-FIGURES: dict[str, Callable[[Evidence], Figure]] = {
-    "C1": feed_forward,
-    "C2": mixing,
-    "C4": ceiling,
-    "C5": linear,
-    "C7": performer,
-    "C14": decoding,
-    "C15": table_of_the_paper,
-    "C16": nystrom,
-    "C17": approximations,
-    "C18": pair,
-    "D2": decay,
-    "D5": beyond,
-    "D6": lengths,
-    "D10": smoothness,
+FIGURES: dict[str, tuple[Callable[[Evidence], Figure], ...]] = {
+    "C1": (feed_forward,),
+    "C2": (mixing,),
+    "C4": (ceiling,),
+    "C5": (linear,),
+    "C7": (performer,),
+    "C14": (decoding,),
+    "C15": (table_of_the_paper,),
+    "C16": (nystrom,),
+    "C17": (approximations,),
+    "C18": (pair,),
+    "D2": (decay, real_decay),
+    "D6": (lengths, noise, beyond),
+    "D10": (smoothness,),
 }
 """By the first claim that a figure belongs to."""
+
+
+def of_claim(name: str, e: Evidence) -> Iterator[Figure]:
+    """Those whose numbers were measured; of the others the claim's answers say why."""
+    for draw in FIGURES.get(name, ()):
+        with contextlib.suppress(LookupError):
+            yield draw(e)
