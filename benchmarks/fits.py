@@ -23,7 +23,8 @@ class Interval:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.3g} ({self.low:.3g}–{self.high:.3g})"
+        between = f" ({self.low:.3g}–{self.high:.3g})" if self.low < self.high else ""
+        return f"{self.value:.3g}{between}"
 
 
 def _bootstrap(samples: Sequence[Sequence[float]], statistic: Callable[..., float]) -> Interval:

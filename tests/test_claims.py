@@ -313,6 +313,12 @@ def test_memory_of_units(attention: int, units: int, early: str, late: str) -> N
     assert verdicts("C20", memory=held(memory))[of] == (HOLDS if early == HOLDS else FAILS)
 
 
+@pytest.mark.parametrize(("unit", "verdict"), [(100, HOLDS), (250, FAILS)])
+def test_scores_of_one_head_against_twelve(unit: int, verdict: str) -> None:
+    memory = {("mixing", "attention", "eager", 4096): (0, 1200), ("mixing", "GAU", "eager", 4096): (0, unit)}
+    assert verdicts("C19", memory=held(memory))["mixing alone, in eager torch, n = 4,096"] == verdict
+
+
 def rotated(**factors: float) -> list[dict[str, Any]]:
     names = {"added": "an embedding added", "eager": "RoPE, eager", "compiled": "RoPE, torch.compile"}
     names |= {"ours": "RoPE, ours", "copy": "a copy", "matrices": "RoPE, as matrices"}
