@@ -1,4 +1,7 @@
-"""`python -m benchmarks report`: measure, then draw. `measure` and `render` do one half each."""
+"""`python -m benchmarks report`: measure, then draw. `measure` and `render` do one half each.
+
+`picture` draws, and photographs the first screen for the README.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ def answers(claim: Claim, options: argparse.Namespace) -> str:
 def main() -> None:
     claims = {claim.id: claim for claim in all_claims()}
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("what", choices=["report", "measure", "render"])
+    parser.add_argument("what", choices=["report", "measure", "render", "picture"])
     parser.add_argument(
         "--only", choices=[*suite.NAMES, *claims], action="append", metavar="NAME",
         help=f"{', '.join(suite.NAMES)}, or the number of a claim: what to measure (everything)",
@@ -41,7 +44,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.compare and not options.only:
         options.only = [json.loads(options.compare.read_text())["op"]]
-    if options.what != "render":
+    if options.what in ("report", "measure"):
         for name in options.only or suite.NAMES:
             if name in claims:
                 print(answers(claims[name], options))
@@ -55,7 +58,12 @@ def main() -> None:
     if options.what != "measure":
         from .render import render
 
-        for file in render(ROOT / "report"):
+        written = render(ROOT / "report")
+        if options.what == "picture":
+            from .picture import take
+
+            written.append(take(written[0], ROOT / "docs" / "report.png"))
+        for file in written:
             print(f"written: {file.relative_to(ROOT)}")
 
 

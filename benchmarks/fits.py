@@ -23,7 +23,8 @@ class Interval:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.3g} ({self.low:.3g}–{self.high:.3g})"
+        between = f" ({self.low:.3g}–{self.high:.3g})" if self.low < self.high else ""
+        return f"{self.value:.3g}{between}"
 
 
 def _bootstrap(samples: Sequence[Sequence[float]], statistic: Callable[..., float]) -> Interval:
@@ -58,7 +59,8 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> Interval:
 
 def crossover(above: Times, below: Times) -> Interval | None:
     """The size from which `above` takes longer than `below` at all sizes that were measured, between two of which it is
-    interpolated in logarithms. 0 if it does at all of them, infinite if at the largest it does not.
+    interpolated in logarithms. 0 if it does at all of them, infinite if at the largest it does not: then the interval
+    begins at the largest, or ends at the smallest, as nothing is known beyond.
     """
     sizes = sorted(set(above) & set(below))
     if len(sizes) < 2:
@@ -74,7 +76,8 @@ def crossover(above: Times, below: Times) -> Interval | None:
         share = -over[last] / (over[last + 1] - over[last])
         return float(sizes[last] * (sizes[last + 1] / sizes[last]) ** share)
 
-    return _bootstrap([above[n] for n in sizes] + [below[n] for n in sizes], where)
+    found = _bootstrap([above[n] for n in sizes] + [below[n] for n in sizes], where)
+    return Interval(found.value, min(found.low, sizes[-1]), max(found.high, sizes[0]))
 
 
 @dataclass(frozen=True)

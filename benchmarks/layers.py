@@ -313,8 +313,12 @@ def memory(chosen: Sequence[Part], width: int, length: int, device: str) -> list
 
 
 def decoding(length: int, device: str, seconds: float) -> list[dict[str, Any]]:
-    """One token after `length` of them, batch 8, 12 heads: linear attention's state beside a cache."""
-    batch, heads = 8, 12
+    """One token after `length` of them, 12 heads, batch 8 and 1: linear attention's state beside a cache."""
+    return [*_decoding(8, "", length, device, seconds), *_decoding(1, ", batch 1", length, device, seconds)]
+
+
+def _decoding(batch: int, suffix: str, length: int, device: str, seconds: float) -> list[dict[str, Any]]:
+    heads = 12
     q, k, v = (torch.randn(batch, 1, heads, HEAD_DIM, device=device) for _ in range(3))
     keys, values = (torch.randn(batch, length, heads, HEAD_DIM, device=device) for _ in range(2))
     kv = torch.rand(batch, heads, HEAD_DIM, HEAD_DIM, device=device)
@@ -333,7 +337,8 @@ def decoding(length: int, device: str, seconds: float) -> list[dict[str, Any]]:
     held = {"attention, cache of keys and values": keys.nbytes + values.nbytes}
     held["linear attention, state"] = kv.nbytes + z.nbytes
     return [
-        {"name": name, "length": length, "bytes": held[name], "times": t, "seconds": asdict(measure.Spread.of(t))}
+        {"name": name + suffix, "length": length, "bytes": held[name]}
+        | {"times": t, "seconds": asdict(measure.Spread.of(t))}
         for name, t in measure.rounds(calls, device, seconds).items()
     ]
 
@@ -360,13 +365,15 @@ def rotary(device: str, seconds: float) -> list[dict[str, Any]]:
 
     compiled = torch.compile(eager, dynamic=False)
     calls: dict[str, Callable[[int], object]] = {
+        "a copy": lambda _: (q.clone(), k.clone()),
         "an embedding added": lambda _: (q + added, k + added),
         "RoPE, eager": lambda _: eager(),
         "RoPE, torch.compile": lambda _: compiled(),
         "RoPE, ours": lambda _: kx.rope(q, k, cos, sin, interleaved=False),
         "RoPE, as matrices": lambda _: [torch.einsum("nij,bnhj->bnhi", angle, x) for x in (q, k)],
     }
+    moved = 2 * (q.nbytes + k.nbytes)  # read and written once
     return [
-        {"name": name, "times": t, "seconds": asdict(measure.Spread.of(t))}
+        {"name": name, "bytes": moved, "times": t, "seconds": asdict(measure.Spread.of(t))}
         for name, t in measure.rounds(calls, device, seconds).items()
     ]

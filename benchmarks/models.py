@@ -150,7 +150,7 @@ def load(name: str) -> Model:
 
 @contextmanager
 def listening(model: Model) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
-    """Collects q and k, rotated, and v of every attention layer, in order."""
+    """Collects q and k, rotated, and v of every attention layer, or gated attention unit, in order."""
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     attention = [layer for layer in model.layers if isinstance(layer, Attention)]
 
@@ -161,6 +161,12 @@ def listening(model: Model) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
 
         return heard
 
+    def prepared(unit: kx.nn.GatedAttentionUnit, inputs: tuple[Tensor]) -> None:
+        _, v, q, k = unit._prepare(inputs[0], 0, None, None)
+        found.append((q[:, :, None], k[:, :, None], v[:, :, None]))
+
+    units = [layer for layer in model.layers if isinstance(layer, kx.nn.GatedAttentionUnit)]
+    hooks = [unit.register_forward_pre_hook(prepared) for unit in units]
     before = [layer.mix for layer in attention]
     for layer, mix in zip(attention, before, strict=True):
         layer.mix = listen(layer, mix)
@@ -169,3 +175,5 @@ def listening(model: Model) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
     finally:
         for layer, mix in zip(attention, before, strict=True):
             layer.mix = mix
+        for hook in hooks:
+            hook.remove()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ import kx_kernels as kx
 from . import models
 
 WIDE = torch.float64
-SWISH_MEAN, SWISH_SQUARE = 0.2066, 0.3557  # of normal inputs, K8990
+LENGTHS = (16, 64, 128, 512, 2048, 8192)  # of keys, of which four matter
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
@@ -34,15 +35,19 @@ def rope_relativity() -> dict[str, float]:
     q, k = _random(n, d).float(), _random(n, d, seed=1).float()
     scale = (q.norm(dim=1)[:, None] * k.norm(dim=1)).double()
     scores = [(_turned(q, t).double() @ _turned(k, t).double().mT) for t in (0, 3072)]
+    cos, sin = (table[::2] for table in kx.rope_tables(2 * n, d))
+    twice = kx.rope(q[None, :, None], None, cos, sin)[0, :, 0]  # R_2m
     return {
         "shift": ((scores[0] - scores[1]).abs() / scale).max().item(),
         "norm": (_turned(q).norm(dim=1) / q.norm(dim=1) - 1).abs().max().item(),
         "inverse": ((_turned(_turned(q), inverse=True) - q).norm(dim=1) / q.norm(dim=1)).max().item(),
+        "composition": ((_turned(_turned(q)) - twice).norm(dim=1) / q.norm(dim=1)).max().item(),
+        "identity": ((_turned(q)[0] - q[0]).norm() / q[0].norm()).item(),
     }
 
 
 def decay() -> list[dict[str, float]]:
-    """The bound of RoPE's scores at a distance, d = 128, and the root mean square of scores of random q and k."""
+    """Of RoPE's scores at a distance, d = 128: bound, root mean square for random q and k, mean/d for equal ones."""
     d, found = 128, []
     frequencies = 10000.0 ** (-torch.arange(0, d, 2, dtype=WIDE) / d)
     q, k = _random(4096, d), _random(4096, d, seed=1)
@@ -50,71 +55,127 @@ def decay() -> list[dict[str, float]]:
         phase = torch.polar(torch.ones_like(frequencies), distance * frequencies)
         bound = 2 / d * phase.cumsum(0).abs().sum().item()
         cos, sin = kx.rope_tables(distance + 1, d, dtype=WIDE)
-        far = kx.rope(k[None, :, None], None, cos[-1:].expand(4096, -1), sin[-1:].expand(4096, -1))[0, :, 0]
-        scores = (q * far).sum(1)
-        found.append({"distance": distance, "bound": bound, "scores": scores.square().mean().sqrt().item()})
+        cos, sin = (x[-1:].expand(4096, -1) for x in (cos, sin))
+        far_k, far_q = (kx.rope(x[None, :, None], None, cos, sin)[0, :, 0] for x in (k, q))
+        scores = (q * far_k).sum(1)
+        row = {"distance": distance, "bound": bound, "scores": scores.square().mean().sqrt().item()}
+        found.append(row | {"same": (q * far_q).sum(1).mean().item() / d})
     return found
+
+
+def real_decay() -> list[dict[str, float]]:
+    """Mean scores of a trained model's queries and keys at a distance, over their root mean square in a head; and the
+    share of heads in which they are less than at distance 1.
+    """
+    distances, scores = (0, 1, 4, 16, 64, 256), []
+    for q, k, _ in _activations("roformer-masked", models.CONTEXT):
+        s = torch.einsum("bihd,bjhd->hbij", q, k).double()
+        means = [torch.stack([s.diagonal(t, 2, 3).mean((1, 2)) for t in {m, -m}]).mean(0) for m in distances]
+        scores.append(torch.stack(means, 1) / s.square().mean((1, 2, 3)).sqrt()[:, None])
+    heads = torch.cat(scores)  # [heads of all layers, distances]
+    return [
+        {"distance": m, "score": heads[:, i].mean().item(), "less": (heads[:, i] < heads[:, 1]).double().mean().item()}
+        for i, m in enumerate(distances)
+    ]
 
 
 def rotated_features() -> list[dict[str, float]]:
     """Linear attention whose numerator alone is rotated, d = 64: what its weights sum to, and how many are negative."""
     n, d, repeats = 512, 64, 16
-    sums, negative = torch.zeros(n, dtype=WIDE), 0.0
+    sums, negative, least = torch.zeros(n, dtype=WIDE), 0.0, math.inf
     for seed in range(repeats):
         q, k = (F.elu(_random(n, d, seed=2 * seed + i)) + 1 for i in range(2))
         weights = (_turned(q) @ _turned(k).mT).tril() / (q * k.cumsum(0)).sum(1, keepdim=True)
         sums += weights.sum(1) / repeats
         negative += (weights < 0).double().sum().item() / repeats / (n * (n + 1) / 2)
-    return [{"position": i, "sum": sums[i].item(), "negative": negative} for i in (0, 31, 127, 511)]
+        least = min(least, weights.sum(1).min().item())
+    rest = {"negative": negative, "least": least}
+    return [{"position": i, "sum": sums[i].item(), **rest} for i in (0, 31, 127, 511)]
+
+
+def rotated_by_hand() -> dict[str, list[float]]:
+    """Two features that turn by 60° a token: the weights of φ(q) = (1, 0) at position 2 on keys (1, 0) and (0.6, 0.8)
+    at 0 and 1; and on one key (1, 0) three tokens before, whose weight is a rotated denominator over the unrotated.
+    """
+    angle = torch.arange(4, dtype=WIDE)[:, None] * math.pi / 3
+    tables = (angle.cos(), angle.sin())
+
+    def by(query: list[float], keys: list[list[float]], at: int) -> list[float]:
+        n = len(keys)
+        q, k = torch.zeros(2, 1, at + 1, 1, 2, dtype=WIDE)
+        q[0, at, 0], k[0, :n, 0] = torch.tensor(query), torch.tensor(keys)
+        v = torch.eye(at + 1, dtype=WIDE)[None, :, None]
+        out = kx.linear_attention(q, k, v, feature_map="identity", rope=tables)
+        assert isinstance(out, Tensor)
+        return out[0, at, 0, :n].tolist()
+
+    return {"weights": by([1, 0], [[1, 0], [0.6, 0.8]], 2), "opposite": by([1, 0], [[1, 0]], 3)}
 
 
 def _weights(name: str, q: Tensor, k: Tensor) -> Tensor:
     d = q.shape[1]
     if name == "softmax":
         return (q @ k.mT / d**0.5).softmax(-1)
-    if name == "relu²":
+    if "relu²" in name:
         a = (q @ k.mT / d**0.5).relu().square()
-        return a / a.sum(-1, keepdim=True)
+        a = a.tril() if name == "causal relu²" else a
+        return a / a.sum(-1, keepdim=True).clamp_min(1e-300)
     a = (F.elu(q) + 1) @ (F.elu(k) + 1).mT
     a = a.tril() if name == "causal linear" else a
     return a / a.sum(-1, keepdim=True)
+
+
+def _spectrum(a: Tensor) -> dict[str, float]:
+    values = torch.linalg.svdvals(a)
+    share = values / values.sum()
+    return {
+        "rank": int(torch.linalg.matrix_rank(a)),
+        "effective": (-(share * share.clamp_min(1e-300).log()).sum()).exp().item(),
+        "entropy": -(a * a.clamp_min(1e-300).log()).sum(1).mean().item(),
+    }
 
 
 def ranks() -> list[dict[str, Any]]:
     """Of attention matrices of random inputs, n = 256 and d = 16: rank, its entropy's exponential, entropy of rows."""
     q, k, found = _random(256, 16), _random(256, 16, seed=1), []
     for name in ("softmax", "relu²", "linear", "causal linear"):
-        a = _weights(name, q, k)
-        values = torch.linalg.svdvals(a)
-        share = values / values.sum()
-        effective = (-(share * share.clamp_min(1e-300).log()).sum()).exp().item()
-        entropy = -(a * a.clamp_min(1e-300).log()).sum(1).mean().item()
-        rank = int(torch.linalg.matrix_rank(a))
-        found.append({"name": name, "rank": rank, "effective": effective, "entropy": entropy})
+        found.append({"name": name, **_spectrum(_weights(name, q, k))})
     return found
 
 
 def lengths() -> list[dict[str, float]]:
     """Four keys of n that matter (cosine 0.9, value 1, the rest 0 ± 1): the mean output by normaliser, d = 128."""
-    d, found = 128, []
-    for n in (16, 64, 128, 512, 2048, 8192):
-        sums: dict[str, float] = {}
-        repeats = 8
-        for seed in range(repeats):
-            q = F.normalize(_random(d, seed=seed), dim=0) * d**0.5
-            noise = F.normalize(_random(4, d, seed=100 + seed), dim=1) * d**0.5
-            near = 0.9 * q + 0.19**0.5 * F.normalize(noise - (noise @ q)[:, None] * q / d, dim=1) * d**0.5
-            far = F.normalize(_random(n - 4, d, seed=200 + seed), dim=1) * d**0.5
-            s = torch.cat((near, far)) @ q / d**0.5
-            a, value = s.relu().square(), torch.cat((torch.ones(4, dtype=WIDE), torch.zeros(n - 4, dtype=WIDE)))
-            plus = math.log(max(n, 16)) / math.log(512)
-            for name, weights in {
-                "relu²/n": a / n, "relu²/512": a / 512, "relu²/sum": a / a.sum(), "softmax": s.softmax(0),
-                "softmax_plus": (s * plus).softmax(0),
-            }.items():  # fmt: skip
-                sums[name] = sums.get(name, 0.0) + (weights @ value).item() / repeats
-        found.append({"length": n, **sums})
-    return found
+    return [{"length": n, **{name: mean for name, (mean, _) in _outputs(n).items()}} for n in LENGTHS]
+
+
+def noise() -> list[dict[str, float]]:
+    """What the other keys' values, ± 1, add to these outputs: its standard deviation."""
+    return [{"length": n, **{name: off for name, (_, off) in _outputs(n).items()}} for n in LENGTHS]
+
+
+@functools.cache
+def _outputs(n: int) -> dict[str, tuple[float, float]]:
+    """By normaliser the mean and the standard deviation of the output."""
+    d, repeats = 128, 8
+    plus = math.log(max(n, 16)) / math.log(512)
+    found: dict[str, list[tuple[float, float]]] = {}
+    for seed in range(repeats):
+        q = F.normalize(_random(d, seed=seed), dim=0) * d**0.5
+        noise = F.normalize(_random(4, d, seed=100 + seed), dim=1) * d**0.5
+        near = 0.9 * q + 0.19**0.5 * F.normalize(noise - (noise @ q)[:, None] * q / d, dim=1) * d**0.5
+        far = F.normalize(_random(n - 4, d, seed=200 + seed), dim=1) * d**0.5
+        s = torch.cat((near, far)) @ q / d**0.5
+        a, others = s.relu().square(), _random(n - 4, seed=300 + seed).sign()
+        for name, weights in {
+            "relu²/n": a / n, "relu²/512": a / 512, "relu²/sum": a / a.sum(), "softmax": s.softmax(0),
+            "softmax_plus": (s * plus).softmax(0),
+        }.items():  # fmt: skip
+            mean = weights[:4].sum() + weights[4:] @ others
+            found.setdefault(name, []).append((mean.item(), weights[4:].norm().item()))
+    return {
+        name: (sum(x for x, _ in pairs) / repeats, (sum(x * x for _, x in pairs) / repeats) ** 0.5)
+        for name, pairs in found.items()
+    }
 
 
 def entropies() -> list[dict[str, float]]:
@@ -133,36 +194,52 @@ def entropies() -> list[dict[str, float]]:
     return found
 
 
-def initial_size() -> dict[str, Any]:
-    """A gated attention unit as it is initialised (d 768, e 1536, s 128, LeCun, γ = 1), without RoPE."""
+def _initial(n: int, turn: bool = False, factor: float = 1.0) -> dict[str, float]:
+    """A gated attention unit as it is initialised (d 768, e 1536, s 128, LeCun, γ = 1), its weights times a factor."""
     d, e, s = 768, 1536, 128
-    sizes = []
-    for n in (64, 512, 2048):
-        x = _random(n, d).float()
-        q = F.silu(x @ _random(d, s, seed=1).float() / d**0.5)
-        v, gate = (F.silu(x @ _random(d, e, seed=seed).float() / d**0.5) for seed in (2, 3))
-        out = kx.gau_attention(*(y[None, :, None] for y in (q, q, v, gate)))
-        scores = (q @ q.mT / s**0.5).relu().square()
-        own = scores.diagonal().mean()
-        other = (scores.sum() - scores.diagonal().sum()) / (n * (n - 1))
-        sizes.append({"length": n, "rms": out.square().mean().sqrt().item(), "ratio": (own / other).item()})
+    x = _random(n, d).float()
+    z = F.silu(x @ _random(d, s, seed=1).float() * factor / d**0.5)
+    q = _turned(z) if turn else z
+    v, gate = (F.silu(x @ _random(d, e, seed=seed).float() * factor / d**0.5) for seed in (2, 3))
+    out = kx.gau_attention(*(y[None, :, None] for y in (q, q, v, gate)))
+    scores = (q @ q.mT / s**0.5).relu().square()
+    own = scores.diagonal().mean()
+    other = (scores.sum() - scores.diagonal().sum()) / (n * (n - 1))
+    return {"length": n, "rms": out.square().mean().sqrt().item(), "ratio": (own / other).item()}
+
+
+def initial_size() -> dict[str, Any]:
+    """Moments of swish, and sizes without RoPE."""
     z = torch.linspace(-12, 12, 200001, dtype=WIDE)
     density = torch.exp(-z * z / 2) / (2 * math.pi) ** 0.5
     mean, square = (torch.trapezoid(F.silu(z) ** p * density, z).item() for p in (1, 2))
-    return {"mean": mean, "square": square, "sizes": sizes}
+    return {"mean": mean, "square": square, "sizes": [_initial(n) for n in (64, 512, 2048)]}
+
+
+def initial_turned() -> list[dict[str, float]]:
+    """Sizes with RoPE."""
+    return [_initial(n, turn=True) for n in (64, 512, 2048)]
+
+
+def initial_factors() -> list[dict[str, float]]:
+    """What scaling all four weights does to a unit's output, n = 512: the last one is linear."""
+    whole = _initial(512)["rms"]
+    return [{"factor": x, "output": x * _initial(512, factor=x)["rms"] / whole} for x in (0.5, 2.0)]
 
 
 def same_tokens() -> list[dict[str, float]]:
-    """n = 512 equal tokens with RoPE: the spread of what the weights of a row sum to."""
+    """n = 512 equal tokens with RoPE, their values 1: the least and the largest output."""
     n, s = 512, 128
-    z = F.silu(_random(1, s, seed=3)).expand(n, s)
-    turned = _turned(z)
-    relu2 = (turned @ turned.mT / s**0.5).relu().square().mean(1)
-    softmax = (turned @ turned.mT / s**0.5).softmax(-1).sum(1)
-    return [
-        {"name": name, "low": x.min().item(), "high": x.max().item()}
-        for name, x in (("relu²", relu2), ("softmax", softmax))
-    ]
+    turned = _turned(F.silu(_random(1, s, seed=3)).expand(n, s))[None, :, None]
+    one = torch.ones(1, n, 1, 1, dtype=WIDE)
+    scores = turned[0, :, 0] @ turned[0, :, 0].mT / s**0.5
+    weights = (scores - scores.amax(1, keepdim=True)).exp()  # over the root of the sum of its squares: K9105
+    outs = {
+        "relu²": kx.gau_attention(turned, turned, one),
+        "softmax": F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (turned, turned, one))),
+        "softmax over l2 norms": weights.sum(1) / weights.norm(dim=1),
+    }
+    return [{"name": name, "low": x.min().item(), "high": x.max().item()} for name, x in outs.items()]
 
 
 def landmarks() -> list[dict[str, Any]]:
@@ -197,7 +274,9 @@ def repeated_tokens() -> float:
 
 
 def one_function() -> dict[str, float]:
-    """Causal linear attention in float32 against its masked quadratic form in float64, whole and handed on by state."""
+    """Causal linear attention in float32, n = 333, against its masked quadratic form in float64: whole, handed on by
+    state, and token by token.
+    """
     q, k, v = (_random(1, 333, 2, 64, seed=i) for i in range(3))
     a, b = (F.elu(x).add(1).transpose(1, 2) for x in (q, k))
     scores = (a @ b.mT).tril()
@@ -207,13 +286,29 @@ def one_function() -> dict[str, float]:
         return ((out.double() - exact).norm() / exact.norm()).item()
 
     q, k, v = q.float(), k.float(), v.float()
-    head, state = kx.linear_attention(q[:, :200], k[:, :200], v[:, :200], return_state=True)
-    tail, _ = kx.linear_attention(q[:, 200:], k[:, 200:], v[:, 200:], initial_state=state, return_state=True)
-    return {"whole": off(kx.linear_attention(q, k, v)), "handed on": off(torch.cat((head, tail), 1))}
+
+    def pieces(size: int) -> Any:
+        """Each goes on from the state of the one before."""
+        outs, state = [], None
+        for piece in zip(*(x.split(size, 1) for x in (q, k, v)), strict=True):
+            out, state = kx.linear_attention(*piece, initial_state=state, return_state=True)
+            outs.append(out)
+        return torch.cat(outs, 1)
+
+    state = (torch.zeros(1, 2, 64, 64), torch.zeros(1, 2, 64))
+    steps = [kx.linear_attention_step(*token, state) for token in zip(*(x.split(1, 1) for x in (q, k, v)), strict=True)]
+    return {
+        "whole": off(kx.linear_attention(q, k, v)),
+        "handed on": off(pieces(200)),
+        "pieces of 7": off(pieces(7)),
+        "recurrent": off(torch.cat(steps, 1)),
+    }
 
 
 def chunks() -> dict[str, float]:
-    """FLASH with one chunk against the quadratic unit, float64: its 1/c for visible keys, and the sum over all."""
+    """FLASH with one chunk against the quadratic unit, float64: its 1/c for visible keys, and the sum over all. With
+    chunks of one token, against causal linear attention and a diagonal.
+    """
     n = 96
     q, k = _random(1, n, 1, 64), _random(1, n, 1, 64, seed=1)
     v, gate = _random(1, n, 1, 128, seed=2), _random(1, n, 1, 128, seed=3)
@@ -223,9 +318,14 @@ def chunks() -> dict[str, float]:
     full = kx.mixed_chunk_attention(q, k, q, k, v, gate, chunk_size=n)
     term = gate * torch.einsum("bihd,bjhd,bjhe->bihe", q, k, v) / n
     quadratic = kx.gau_attention(q, k, v, gate) + term
+    single = kx.mixed_chunk_attention(q, k, q, k, v, gate, chunk_size=1, causal=True)
+    weights = torch.einsum("bihd,bjhd->bhij", q, k).tril(-1) / (seen[0, :, 0] - 1).clamp_min(1)  # of earlier tokens
+    own = ((q * k).sum(-1, keepdim=True) / 64**0.5).relu().square()
+    linear = gate * (torch.einsum("bhij,bjhe->bihe", weights, v) + own * v)
     return {
         "causal": ((causal - unit).norm() / unit.norm()).item(),
         "full": ((full - quadratic).norm() / quadratic.norm()).item(),
+        "one token each": ((single - linear).norm() / linear.norm()).item(),
     }
 
 
@@ -270,19 +370,17 @@ def approximations() -> list[dict[str, Any]]:
 
 
 def real_maps() -> list[dict[str, Any]]:
-    """Attention matrices of trained models, n = 256 and d = 32: mean rank, effective rank and entropy of rows."""
+    """Attention matrices of trained models, n = 256: mean rank, effective rank and entropy of rows. d = 32, and 64 of
+    gated attention, which is causal and whose rows are divided by their sums.
+    """
     found = []
-    for name, kind in (("roformer-masked", "softmax"), ("linear-masked", "linear")):
-        ranks, effective, entropy = [], [], []
-        for q, k, _ in _activations(name, 256):
-            for head in range(q.shape[2]):
-                a = _weights(kind, q[0, :, head].double(), k[0, :, head].double())
-                share = (values := torch.linalg.svdvals(a)) / values.sum()
-                ranks.append(int(torch.linalg.matrix_rank(a)))
-                effective.append((-(share * share.clamp_min(1e-300).log()).sum()).exp().item())
-                entropy.append(-(a * a.clamp_min(1e-300).log()).sum(1).mean().item())
-        mean = {key: sum(x) / len(x) for key, x in (("rank", ranks), ("effective", effective), ("entropy", entropy))}
-        found.append({"name": kind, **mean})
+    for name, kind in (("roformer-masked", "softmax"), ("linear-masked", "linear"), ("gau", "causal relu²")):
+        rows = [
+            _spectrum(_weights(kind, q[0, :, head].double(), k[0, :, head].double()))
+            for q, k, _ in _activations(name, 256)
+            for head in range(q.shape[2])
+        ]
+        found.append({"name": kind, **{key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}})
     return found
 
 
@@ -303,15 +401,52 @@ def trained() -> list[dict[str, Any]]:
     return found
 
 
+def _band(layer: models.Attention, width: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The layer's linear attention, of keys less than `width` away."""
+    n = q.shape[1]
+    q, k = F.elu(q) + 1, F.elu(k) + 1
+    near = torch.ones(n, n).tril(width - 1).triu(1 - width)
+    near = near.tril() if layer.config.causal else near
+    weights, sums = (torch.einsum("bihd,bjhd->bhij", *x) * near for x in (layer.turned(q, k), (q, k)))
+    return torch.einsum("bhij,bjhe->bihe", weights / sums.sum(-1, keepdim=True), v)
+
+
+def bands() -> list[dict[str, Any]]:
+    """Nats per byte of models of linear attention, trained with all keys, where only those in a band are left."""
+    found = []
+    for name in ("linear", "linear-masked"):
+        for width in (16, 64, models.CONTEXT):
+            model = models.load(name)
+            for layer in model.layers:
+                if isinstance(layer, models.Attention):
+                    layer.mix = functools.partial(_band, layer, width)
+            found.append({"name": name, "band": width, "loss": _loss(model, models.CONTEXT)})
+    return found
+
+
+def _scaled(layer: models.Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention whose scores grow with log n beyond the trained length."""
+    n = torch.arange(1, q.shape[1] + 1).clamp_min(models.CONTEXT)
+    return layer.softmax(q * (n.log() / math.log(models.CONTEXT))[:, None, None], k, v)
+
+
 def beyond() -> list[dict[str, Any]]:
-    """Nats per byte at and beyond the trained length, on the same bytes each time."""
+    """Nats per byte at and beyond the trained length, on the same bytes each time. As trained; and with scores that
+    grow by log n, or a divisor n that stays, beyond that length.
+    """
     found = []
     for length in (256, models.CONTEXT, 2 * models.CONTEXT, 4 * models.CONTEXT):
         row: dict[str, Any] = {"length": length}
-        for name in ("roformer", "gau", "linear"):
-            model = models.load(name)
+        text = _sentences(4 * models.CONTEXT, 4).view(-1, length)
+        for name in ("roformer", "gau", "linear", "roformer, log n", "gau, n fixed"):
+            model = models.load(name.split(", ")[0])
+            for layer in model.layers:
+                if name == "roformer, log n" and isinstance(layer, models.Attention):
+                    layer.mix = functools.partial(_scaled, layer)
+                if name == "gau, n fixed" and isinstance(layer, kx.nn.GatedAttentionUnit):
+                    seen = torch.arange(1, length).clamp_max(models.CONTEXT)
+                    layer.normalizer = (1 / seen).expand(len(text), -1)
             with torch.no_grad():
-                text = _sentences(4 * models.CONTEXT, 4).view(-1, length)
                 row[name] = models.loss(model, text, torch.Generator()).item()
         found.append(row)
     return found
@@ -320,11 +455,16 @@ def beyond() -> list[dict[str, Any]]:
 EXPERIMENTS: dict[str, Callable[[], Any]] = {
     "rope_relativity": rope_relativity,
     "decay": decay,
+    "real_decay": real_decay,
     "rotated_features": rotated_features,
+    "rotated_by_hand": rotated_by_hand,
     "ranks": ranks,
     "lengths": lengths,
+    "noise": noise,
     "entropies": entropies,
     "initial_size": initial_size,
+    "initial_turned": initial_turned,
+    "initial_factors": initial_factors,
     "same_tokens": same_tokens,
     "landmarks": landmarks,
     "repeated_tokens": repeated_tokens,
@@ -333,5 +473,6 @@ EXPERIMENTS: dict[str, Callable[[], Any]] = {
     "approximations": approximations,
     "real_maps": real_maps,
     "trained": trained,
+    "bands": bands,
     "beyond": beyond,
 }

@@ -10,142 +10,103 @@ from typing import Any
 import jinja2
 from plotly.offline import get_plotlyjs
 
-from . import figures, fits
+from . import figures, sections, suite
 from .claims import FAILS, HOLDS, OPEN, all_claims
 from .claims.evidence import Evidence
-from .claims.figures import FIGURES
-from .figures import Figure
-from .suite import OPERATORS, RESULTS
+from .claims.figures import of_claim
+from .suite import NAMES, OPERATORS
 
 TEMPLATES = Path(__file__).parent / "templates"
+Parts = dict[str, dict[str, Any]]  # the results of one device, by what was measured
 
 
-def _measured(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [row for row in rows if row["seconds"] is not None]
+def load() -> list[Parts]:
+    """The results that are kept, the best-measured device first: that of most whole runs, then of most rows."""
+    found: dict[str, Parts] = {}
+    for file in sorted(suite.RESULTS.glob("*/*.json")):
+        results = json.loads(file.read_text())
+        found.setdefault(results["environment"]["device"], {})[results["op"]] = results
+
+    def complete(parts: Parts) -> tuple[int, int, int]:
+        rows = sum(len(value) for results in parts.values() for value in results.values() if isinstance(value, list))
+        return sum(not results["quick"] for results in parts.values()), len(parts), rows
+
+    ordered = [{name: parts[name] for name in NAMES if name in parts} for parts in found.values()]
+    return sorted(ordered, key=complete, reverse=True)
 
 
-def speed_plot(results: dict[str, Any]) -> str:
-    """Bars: the fraction of the limit's rate, one group per case."""
-    rows = [r for r in _measured(results["timings"]) if r["contender"] != results["limit"]]
-    cases = list(dict.fromkeys(r["case"] for r in rows))
-    figure = figures.empty(barmode="group", height=160 + 120 * len(cases), bargap=0.25)
-    for name, colour in figures.colours(r["contender"] for r in rows).items():
-        mine = [r for r in rows if r["contender"] == name]
-        of = [r["of_limit"] for r in mine]
-        figure.add_bar(
-            name=name,
-            orientation="h",
-            y=[figures.wrapped(r["case"]) for r in mine],
-            x=[f["median"] for f in of],
-            error_x={
-                "type": "data",
-                "symmetric": False,
-                "array": [f["high"] - f["median"] for f in of],
-                "arrayminus": [f["median"] - f["low"] for f in of],
-                "color": figures.GREY,
-                "thickness": 1,
-            },
-            marker_color=colour,
-            customdata=[[r["seconds"]["median"] * 1e3, r["rate"] / 1e9] for r in mine],
-            hovertemplate="%{x:.3f} of the limit<br>%{customdata[0]:.4g} ms<br>%{customdata[1]:.1f} "
-            + f"G{results['unit']}/s",
-        )
-    wrapped = [figures.wrapped(case) for case in cases]
-    figure.update_yaxes(autorange="reversed", categoryorder="array", categoryarray=wrapped)
-    figure.update_xaxes(title=f"of the rate of {results['limit']}", rangemode="tozero")
-    figure.add_vline(x=1, line={"dash": "dot", "color": figures.GREY})
-    return figures.to_html(figure)
+def _said(fact: Any) -> str:
+    if isinstance(fact, dict):
+        return ", ".join(f"{key} {_said(x)}" for key, x in fact.items())
+    return "unknown" if fact is None else ("no", "yes")[fact] if isinstance(fact, bool) else str(fact)
 
 
-def growth_plot(results: dict[str, Any], *, rows: str = "growth", small: bool = False) -> Figure:
-    """Lines: time against length; small: ours, the limit, and two rivals, without a legend."""
-    series: dict[str, dict[int, float]] = {}
-    for row in sorted(_measured(results[rows]), key=lambda r: r["length"]):
-        series.setdefault(row["contender"], {})[row["length"]] = row["seconds"]["median"] * 1e3
-    if small:
-        rivals = [n for n in series if not figures.ours(n) and n != results["limit"]][:2]
-        mine = [n for n in series if figures.ours(n) and "reference" not in n][:1]
-        series = {n: series[n] for n in (*mine, results["limit"], *rivals)}
-    see = "Once a call's fixed cost is paid, a line runs parallel to the limit's, whose work grows as the operator's."
-    if rows == "shared":
-        see = "The same number of tokens in longer and fewer sequences: what is level is linear in n."
-    how: dict[str, Any] = {"height": 220, "legend": False} if small else {"height": 420}
-    return figures.lines(series, see, "tokens", "milliseconds", dotted=[results["limit"]], **how)
+def facts(parts: Parts) -> dict[str, Any]:
+    """Of the environment: what all parts share, and what differs between them."""
+    beside = ("quick", "wall_seconds")
+    environments = {n: r["environment"] | {key: r[key] for key in beside if key in r} for n, r in parts.items()}
+    keys = list(dict.fromkeys(key for e in environments.values() for key in e))
+    told = {key: [_said(e.get(key)) for e in environments.values()] for key in keys}
+    # whose run it was is told of each part, even if all agree
+    differ = [key for key in keys if key in ("commit", "uncommitted_changes", "date") or len(set(told[key])) > 1]
+    return {
+        "same": {key: told[key][0] for key in keys if key not in differ},
+        "names": list(parts),
+        "differ": {key: told[key] for key in differ},
+        "dates": sorted(e["date"] for e in environments.values()),
+        "commits": list(dict.fromkeys(e["commit"] or "unknown" for e in environments.values())),
+        "changed": [name for name, e in environments.items() if e["uncommitted_changes"]],
+    }
 
 
-def growth_fits(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Per contender the law t = a + b nᵖ that its times follow, if they were kept and are enough."""
-    times: dict[str, dict[int, list[float]]] = {}
-    for row in _measured(results["growth"]):
-        if "times" in row:
-            times.setdefault(row["contender"], {})[row["length"]] = row["times"]
-    found = []
-    for contender, mine in times.items():
-        law = fits.power_law(mine)
-        if law is not None:
-            slopes = [fits.local_slope(mine, n) for n in law.sizes[1:-1]]
-            found.append({"contender": contender, "law": law, "slopes": [s.value for s in slopes if s is not None]})
-    return found
+def claims(parts: Parts) -> dict[str, Any] | None:
+    """Rows of claims and their figures, if layers or quality were measured."""
+    if not {"layers", "quality"} & set(parts):
+        return None
+    evidence = Evidence(parts)
+    rows = [claim.row(evidence) for claim in all_claims()]
+    for row in rows:
+        row["figures"] = list(of_claim(row["id"], evidence))
+    count = Counter(a["verdict"] for row in rows for a in row["answers"])
+    return {"rows": rows, "holds": count[HOLDS], "fails": count[FAILS], "open": count[OPEN]}
 
 
-def table_plot(rows: list[dict[str, Any]]) -> Figure:
-    """Lines: the largest error of a cosine up to a position."""
-    named = {"phase in float32": "float32_phase", "kx.rope_tables": "ours"}
-    series = {name: {r["position"]: r[key] for r in rows} for name, key in named.items()}
-    see = (
-        "A phase computed in float32 loses the fast angles long before position one million; one computed in float64 "
-        "stays at the rounding of float32."
-    )
-    return figures.lines(series, see, "position", "largest error of cos", height=380)
+def device(parts: Parts) -> dict[str, Any]:
+    """What the page says of one device."""
+    return {
+        "name": next(iter(parts.values()))["environment"]["device"],
+        "facts": facts(parts),
+        "claims": claims(parts),
+        "layers": sections.layers(parts["layers"]) if "layers" in parts else [],
+        "losses": sections.losses(parts.get("quality")),
+        "operators": [sections.operator(parts[name]) for name in OPERATORS if name in parts],
+        "failed": [(name, f) for name, r in parts.items() for f in r.get("failed", [])],
+    }
 
 
-def load() -> list[dict[str, Any]]:
-    """Every result that is kept, newest first."""
-    results = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*/*.json"))]
-    return sorted(results, key=lambda r: r["environment"]["date"], reverse=True)
-
-
-def claims(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per device on which layers or quality were measured: its name, rows of claims, and their figures."""
-    found = []
-    for device in dict.fromkeys(r["environment"]["device"] for r in results):
-        mine = {r["op"]: r for r in reversed(results) if r["environment"]["device"] == device}
-        if not {"layers", "quality"} & set(mine):
-            continue
-        evidence = Evidence(mine)
-        rows = [claim.row(evidence) for claim in all_claims()]
-        for row in rows:
-            try:
-                row["figure"] = FIGURES[row["id"]](evidence) if row["id"] in FIGURES else None
-            except LookupError:  # not measured, as the row says
-                row["figure"] = None
-        count = Counter(a["verdict"] for row in rows for a in row["answers"])
-        newest = max((mine[n]["environment"] for n in ("layers", "quality") if n in mine), key=lambda e: e["date"])
-        totals = {"holds": count[HOLDS], "fails": count[FAILS], "open": count[OPEN]}
-        found.append({"device": device, "environment": newest, "rows": rows, **totals})
-    return found
+def write(file: Path, text: str) -> None:
+    """Whole or not at all; a disk that is full is said in one line."""
+    new = file.with_suffix(".new")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        new.write_text(text)
+        new.replace(file)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise SystemExit(f"{file} cannot be written: {error.strerror}. What was measured is kept.") from error
 
 
 def render(folder: Path) -> list[Path]:
     """Writes index.html and summary.md into `folder`."""
-    results = load()
-    if not results:
+    kept = load()
+    if not kept:
         raise SystemExit("nothing has been measured: run `python -m benchmarks measure` first")
-    operators = [r for r in results if r["op"] in OPERATORS]
     goals = [
-        goal.verdict([r for r in operators if r["op"] == name]) for name, op in OPERATORS.items() for goal in op.goals()
+        goal.verdict([parts[name] for parts in kept if name in parts])
+        for name, op in OPERATORS.items()
+        for goal in op.goals()
     ]
-    plots = [
-        {
-            "speed": speed_plot(r),
-            "growth": growth_plot(r),
-            "fits": growth_fits(r),
-            "shared": growth_plot(r, rows="shared") if "shared" in r else None,
-            "tables": table_plot(r["tables"]) if "tables" in r else None,
-        }
-        for r in operators
-    ]
-    first = {name: next((r for r in operators if r["op"] == name), None) for name in OPERATORS}
+    first = {name: sections.growth(kept[0][name], small=True) if name in kept[0] else None for name in OPERATORS}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=jinja2.select_autoescape(["html"]),
@@ -153,18 +114,18 @@ def render(folder: Path) -> list[Path]:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    folder.mkdir(parents=True, exist_ok=True)
+    environment.filters |= {"short": figures.short, "of_bound": sections.of_bound}
+    shown = {
+        "devices": [device(parts) for parts in kept],
+        "goals": goals,
+        "small": first,
+        "training": sections.training(),
+    }
     written = []
     for template, name in (("report.html", "index.html"), ("summary.md", "summary.md")):
         text = environment.get_template(template).render(
-            results=operators,
-            plots=plots,
-            goals=goals,
-            claims=claims(results),
-            small={name: growth_plot(r, small=True) for name, r in first.items() if r is not None},
-            failed=[(r["op"], f) for r in results for f in r.get("failed", [])],
-            plotly=get_plotlyjs() if name.endswith("html") else "",
+            **shown, plotly=get_plotlyjs() if name.endswith("html") else ""
         )
-        (folder / name).write_text(text)
+        write(folder / name, text)
         written.append(folder / name)
     return written

@@ -1,10 +1,9 @@
-"""The report: counts that gate, known fits, runs that go on, answers without evidence, the page in a browser."""
+"""The report: counts that gate, known fits, runs that go on, answers without evidence. Its page has its own tests."""
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,14 @@ import jsonschema
 import numpy as np
 import torch
 
-from benchmarks import compare, fits, layers, render, suite
-from benchmarks.claims import FAILS, HOLDS, OPEN, all_claims, cost
+from benchmarks import compare, fits, layers, suite
+from benchmarks.claims import OPEN, all_claims, cost
 from benchmarks.claims.cost import flops
 from benchmarks.claims.evidence import Evidence
 from benchmarks.environment import ROOT
 from kx_kernels._core.spec import all_specs
 
-CLAIMS = [f"C{i}" for i in (*range(1, 15), *range(16, 22), 24, 25)] + [f"D{i}" for i in (*range(1, 12), 13, 14)]
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CLAIMS = [f"C{i}" for i in (*range(1, 22), 24, 25)] + [f"D{i}" for i in (*range(1, 12), 13, 14)]
 
 
 def test_every_claim_has_a_row() -> None:
@@ -128,15 +126,9 @@ def test_crossovers() -> None:
     assert math.isinf(never.value)
     assert always is not None
     assert always.value == 0
+    assert never.low == 4096  # nothing is known beyond
+    assert always.high == 128
     assert fits.crossover({128: [1.0]}, linear) is None
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "verdict"), [(900, 1200, HOLDS), (300, 400, FAILS), (3000, 4000, FAILS), (500, 1200, OPEN)]
-)
-def test_a_crossover_is_judged_by_its_interval(low: float, high: float, verdict: str) -> None:
-    answer = cost.at_crossover("", [("here", 1000, fits.Interval((low + high) / 2, low, high))])
-    assert answer.verdict == verdict
 
 
 class Steps:
@@ -239,47 +231,3 @@ def test_comparing_two_runs() -> None:
     found = compare.rows(run(1.0, 1.0, 1.0), run(1.1, 2.0, 0.5))
     assert [r["change"] for r in found] == ["within noise", "slower", "faster"]
     assert found[1]["ratio"] == 2.0
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of the kept results."""
-    return render.render(tmp_path_factory.mktemp("report"))[0]
-
-
-@pytest.mark.skipif(not any(file.stem == "layers" for file in KEPT), reason="no run of the layers is kept")
-def test_the_summary_answers_every_claim(page: Path) -> None:
-    text = page.with_name("summary.md").read_text()
-    for claim in CLAIMS:
-        assert f"**{claim}**" in text
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280])
-def test_the_page_in_a_browser(page: Path, width: int, theme: str) -> None:
-    """It opens without network and without an error, fits the window, draws every plot, and follows the theme."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as driver:
-        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        browser = driver.chromium.launch(executable_path=BROWSER, args=options)
-        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme, offline=True)
-        tab = context.new_page()
-        errors: list[str] = []
-        requests: list[str] = []
-        tab.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-        tab.on("pageerror", lambda error: errors.append(str(error)))
-        tab.on("request", lambda request: requests.append(request.url))
-        tab.goto(page.as_uri())
-        tab.wait_for_selector(".js-plotly-plot .main-svg")
-        assert errors == []
-        assert requests == [page.as_uri()]
-        assert tab.evaluate("document.documentElement.scrollWidth") <= width
-        drawn, expected = tab.locator(".js-plotly-plot .main-svg").count(), page.read_text().count("Plotly.newPlot(")
-        assert drawn >= expected > 0
-        background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
-        assert (background == "rgb(255, 255, 255)") == (theme == "light")
-        first = tab.locator(".first").bounding_box()
-        assert first is not None
-        assert first["y"] < 300  # the verdicts are on the first screen
-        browser.close()

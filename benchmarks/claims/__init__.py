@@ -6,11 +6,26 @@ Jianlin Su's Scientific Spaces (kexue.fm/archives/number); the papers by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..fits import Interval
+
 HOLDS, FAILS, OPEN = "holds", "fails", "cannot be decided here"
+
+
+def within(found: Interval, low: float, high: float) -> str:
+    """The verdict on a number that is said to lie between the two: none unless all of the interval agrees."""
+    if low <= found.low and found.high <= high:
+        return HOLDS
+    return FAILS if found.high < low or found.low > high else OPEN
+
+
+def worst(verdicts: Iterable[str]) -> str:
+    """Of something that is said of several lengths."""
+    given = set(verdicts)
+    return next((v for v in (FAILS, OPEN) if v in given), HOLDS)
 
 
 @dataclass(frozen=True)
@@ -21,6 +36,19 @@ class Answer:
     measured: str
     verdict: str
     why: str
+
+
+def missed(of: str, missing: LookupError) -> Answer:
+    return Answer(of, "–", OPEN, str(missing).strip("'\""))
+
+
+def each(readings: Iterable[tuple[str, tuple[Any, ...]]], answer: Callable[..., Answer]) -> Iterator[Answer]:
+    """An answer for each reading, by name and what it depends on; one whose rows are missing says so."""
+    for of, key in readings:
+        try:
+            yield answer(of, *key)
+        except LookupError as missing:
+            yield missed(of, missing)
 
 
 @dataclass(frozen=True)
@@ -38,7 +66,7 @@ class Claim:
         try:
             answers = list(self.answers(evidence))
         except LookupError as missing:  # what it needs was not measured
-            answers = [Answer("", "–", OPEN, str(missing).strip("'\""))]
+            answers = [missed("", missing)]
         row = {"id": self.id, "says": self.says, "source": self.source, "predicted": self.predicted}
         return row | {"counted": self.counted(), "answers": [asdict(a) for a in answers]}
 

@@ -18,14 +18,16 @@ class Evidence:
         self.quality = results.get("quality", {})
 
     def times(self, level: str, name: str, by: str, width: int = H, what: str = "forward") -> fits.Times:
-        found = {
-            row["length"]: row["times"]
+        key = (level, name, by, width, what)
+        rows = [
+            row
             for row in self.layers.get("times", [])
-            if (row["level"], row["name"], row["by"], row["width"], row["what"]) == (level, name, by, width, what)
-            and "times" in row
-        }
+            if (row["level"], row["name"], row["by"], row["width"], row["what"]) == key
+        ]
+        found = {row["length"]: row["times"] for row in rows if "times" in row}
         if not found:
-            raise LookupError(f"no times of {name} ({by}), width {width}, {what}")
+            why = f": {rows[0]['reason']}" if rows else ""
+            raise LookupError(f"no times of {name} ({by}), width {width}, {what}{why}")
         return found
 
     def bytes(self, level: str, name: str, by: str, length: int, which: str) -> int:
@@ -41,6 +43,14 @@ class Evidence:
         found = self.layers.get(kind, [])
         if not found:
             raise LookupError(f"{kind} was not measured")
+        return found
+
+    def named(self, kind: str, name: str) -> list[dict[str, Any]]:
+        """The rows of that name that have times."""
+        rows = [row for row in self.rows(kind) if row["name"] == name]
+        found = [row for row in rows if "times" in row]
+        if not found:
+            raise LookupError(f"{name}: {rows[0]['reason']}" if rows else f"{name} was not measured")
         return found
 
     def computed(self, name: str) -> Any:

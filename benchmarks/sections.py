@@ -1,0 +1,257 @@
+"""What the page draws beside claims: operators, whole layers, and small models."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from . import figures, fits, models
+from .claims import FAILS, HOLDS
+from .claims import figures as claim_figures
+from .claims.evidence import Evidence
+from .figures import Figure, Measured
+
+Results = dict[str, Any]
+BESIDE = ("attention", "feed-forward", "projections")  # drawn in eager torch as well
+DRAWN = {*BESIDE, "linear attention", "Performer", "Nyström, m = 64", "GAU", "FLASH", "GAU × 2", "FLASH × 2"}
+SAME_LOSS = 1e-5  # nats per byte
+
+
+def measured(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row.get("seconds")]
+
+
+def _quartiles(spread: dict[str, float], factor: float = 1.0) -> Measured:
+    return spread["median"] * factor, spread["low"] * factor, spread["high"] * factor
+
+
+def of_bound(row: dict[str, Any]) -> str:
+    """How much of its roofline a time is, if that was measured."""
+    return f"{row['bound'] / row['seconds']['median']:.2f}" if row.get("bound") else ""
+
+
+# Operators
+
+
+def speed(results: Results) -> Figure | None:
+    """The fraction of the limit's rate, one group per case."""
+    series: dict[str, dict[str, Measured]] = {}
+    notes: dict[str, dict[str, str]] = {}
+    for row in measured(results.get("timings", [])):
+        if row["contender"] != results["limit"]:
+            series.setdefault(row["contender"], {})[row["case"]] = _quartiles(row["of_limit"])
+            note = f"{figures.short(row['seconds']['median'] * 1e3)} ms, {row['rate'] / 1e9:.1f} G{results['unit']}/s"
+            note += f", {of_bound(row)} of its roofline" if of_bound(row) else ""
+            notes.setdefault(row["contender"], {})[row["case"]] = note
+    if not series:
+        return None
+    does = "moves as many bytes" if results["unit"] == "B" else "is the products alone"
+    see = (
+        f"Further right is faster. What lies on the dotted line is as fast as {results['limit']}, which {does}; "
+        "whiskers are quartiles."
+    )
+    return figures.dots(series, see, "rate, of the limit's", notes=notes, line=1)
+
+
+def growth(results: Results, *, rows: str = "growth", small: bool = False) -> Figure | None:
+    """Time against length; small: ours, the limit, and two rivals."""
+    limit = results["limit"]
+    series: dict[str, dict[int, float]] = {}
+    for row in sorted(measured(results.get(rows, [])), key=lambda r: r["length"]):
+        series.setdefault(row["contender"], {})[row["length"]] = row["seconds"]["median"] * 1e3
+    if limit not in series:
+        return None
+    see = "Once a call's fixed cost is paid, a line runs parallel to the limit's, whose work grows as the operator's."
+    if small:
+        rivals = [n for n in series if not figures.ours(n) and n != limit][:2]
+        mine = [n for n in series if figures.ours(n) and "reference" not in n][:1]
+        series = {n: series[n] for n in (*mine, limit, *rivals)}
+        see = f"{results['op']}: milliseconds against tokens, by {', '.join(series)}"
+    elif rows == "shared":
+        see = "The same number of tokens in longer and fewer sequences: what is level is linear in n."
+    return figures.lines(series, see, "tokens n", "milliseconds", dotted=[limit], small=small)
+
+
+def growth_fits(results: Results) -> list[dict[str, Any]]:
+    """Per contender the law t = a + b nᵖ that its times follow, if they were kept and are enough."""
+    times: dict[str, dict[int, list[float]]] = {}
+    for row in measured(results.get("growth", [])):
+        if "times" in row:
+            times.setdefault(row["contender"], {})[row["length"]] = row["times"]
+    found = []
+    for contender, mine in times.items():
+        law = fits.power_law(mine)
+        if law is not None:
+            slopes = [fits.local_slope(mine, n) for n in law.sizes[1:-1]]
+            found.append({"contender": contender, "law": law, "slopes": [s.value for s in slopes if s is not None]})
+    return found
+
+
+def tables(rows: list[dict[str, Any]]) -> Figure:
+    """The largest error of a cosine up to a position."""
+    named = {"phase in float32": "float32_phase", "kx.rope_tables": "ours"}
+    series = {name: {r["position"]: r[key] for r in rows} for name, key in named.items()}
+    see = (
+        "A phase computed in float32 loses the fast angles long before position one million; one computed in float64 "
+        "stays at the rounding of float32."
+    )
+    return figures.lines(series, see, "position", "largest error of cos")
+
+
+def operator(results: Results) -> dict[str, Any]:
+    """Steps that failed left nothing."""
+    empty: Results = {"timings": [], "host": [], "memory": [], "accuracy": [], "counts": [], "import": None}
+    empty |= {"roofline": None, "machine_code": {"rows": [], "reason": "this step failed"}}
+    results = empty | results
+    return {
+        "results": results | {
+            "host": [r for r in results["host"] if "median" in r],
+            "memory": [r for r in results["memory"] if "peak" in r],
+        },
+        "speed": speed(results),
+        "growth": growth(results),
+        "fits": growth_fits(results),
+        "shared": growth(results, rows="shared"),
+        "tables": tables(results["tables"]) if results.get("tables") else None,
+    }  # fmt: skip
+
+
+# Layers
+
+
+def _whole(name: str, level: str) -> bool:
+    """Whether a part takes a feed-forward layer beside it: two gated units do without."""
+    return level == "layer" and name not in ("feed-forward", "projections") and not name.endswith("× 2")
+
+
+def layer_times(results: Results, level: str, width: int, what: str) -> Figure | None:
+    """Times of mixing, or of layers with their feed-forward layer; None where no two lengths were measured."""
+    key = (level, width, what)
+    rows = [r for r in measured(results["times"]) if (r["level"], r["width"], r["what"]) == key]
+    forward = {r["length"]: r for r in rows if r["name"] == "feed-forward"}
+    series: dict[str, dict[int, float]] = {}
+    cells: dict[str, dict[int, str]] = {}
+    for row in rows:
+        name, n, beside = row["name"], row["length"], []
+        if _whole(name, level):
+            if n not in forward:
+                continue
+            name, beside = f"{name} and feed-forward", [forward[n]]
+        name = f"{name}, {row['by']}"
+        together = [row, *beside]
+        milliseconds = sum(r["seconds"]["median"] for r in together) * 1e3
+        cells.setdefault(name, {})[n] = figures.short(milliseconds)
+        if all(r.get("bound") for r in together):
+            cells[name][n] += f" ({sum(r['bound'] for r in together) * 1e3 / milliseconds:.2f})"
+        if row["name"] in DRAWN and (row["by"] in ("ours", "fused") or row["name"] in BESIDE):
+            series.setdefault(name, {})[n] = milliseconds
+    lengths = {n for points in series.values() for n in points}
+    if len(lengths) < 2:
+        return None
+    see = _fastest({name: points for name, points in series.items() if not name.startswith(BESIDE[1:])})
+    if any("(" in cell for points in cells.values() for cell in points.values()):
+        see += " In the table, in brackets: how much of its roofline each time is."
+    return figures.lines(series, see, "tokens n", "milliseconds", cells=cells)
+
+
+def _fastest(series: dict[str, dict[int, float]]) -> str:
+    """At the longest length that several reached: which of them is the fastest, and what the slowest takes."""
+    reached = {n: [name for name in series if n in series[name]] for points in series.values() for n in points}
+    n = max((n for n, names in reached.items() if len(names) > 1), default=None)
+    if n is None:
+        return "Too few were measured to compare them."
+    best, *_, last = sorted(reached[n], key=lambda name: series[name][n])
+    told = f"At {n:,} tokens {best}, is the fastest of these with {figures.short(series[best][n])} ms"
+    return f"{told}; {last}, is the slowest with {figures.short(series[last][n])}."
+
+
+def layer_memory(results: Results, level: str) -> Figure | None:
+    """What parts hold, at the longest length that was measured."""
+    rows = [r for r in results["memory"] if r["level"] == level and "peak" in r]
+    if not rows:
+        return None
+    n = max(r["length"] for r in rows)
+    rows = sorted((r for r in rows if r["length"] == n), key=lambda r: r["saved"])
+    named = {"held at most, forward": "peak", "kept for the backward pass": "saved"}
+    series: dict[str, dict[str, Measured]] = {
+        told: {f"{r['name']}, {r['by']}": (r[key] / 1e6,) * 3 for r in rows if r[key]} for told, key in named.items()
+    }
+    least, most = (f"{r['name']} ({r['by']}) {figures.short(r['saved'] / 1e6)} MB" for r in (rows[0], rows[-1]))
+    see = (
+        f"Beyond inputs and weights, at {n:,} tokens of width {rows[0]['width']}. For the backward pass {least} is the "
+        f"least that is kept, {most} the most."
+    )
+    return figures.dots(series, see, "MB")
+
+
+def decoding_memory(results: Results) -> Figure:
+    series: dict[str, dict[int, float]] = {}
+    for row in results["decoding"]:
+        series.setdefault(claim_figures.decoder(row["name"]), {})[row["length"]] = row["bytes"] / 1e6
+    see = "Of a batch of 8, if nothing else is said: a state stays as large as it began, a cache grows with each token."
+    return figures.lines(series, see, "context", "MB")
+
+
+def rotary(results: Results) -> Figure | None:
+    milliseconds = {r["name"]: _quartiles(r["seconds"], 1e3) for r in measured(results["rotary"])}
+    least, added = "an embedding added", milliseconds.get("an embedding added")
+    if added is None:
+        return None
+    told = "; ".join(f"{name} {m[0] / added[0]:.1f}" for name, m in milliseconds.items() if name != least)
+    see = f"Positions for q and k of [4, 2048, 12, 64]; times as long as an added embedding: {told}."
+    return figures.dots({"": milliseconds}, see, "milliseconds")
+
+
+def layers(results: Results) -> list[tuple[str, Figure]]:
+    """Titles and figures of whole layers and their parts."""
+    times = results.get("times", [])
+    found: list[tuple[str, Figure | None]] = []
+    for level, name in (("layer", "Layers"), ("mixing", "Mixing tokens alone")):
+        for what, passes in (("forward", "forward"), ("both", "forward and backward")):
+            for width in sorted({r["width"] for r in times}):
+                found.append((f"{name}, width {width}, {passes}", layer_times(results, level, width, what)))
+    if "memory" in results:
+        found.append(("Memory of layers", layer_memory(results, "layer")))
+        found.append(("Memory of mixing tokens", layer_memory(results, "mixing")))
+    if "decoding" in results:
+        found.append(("Decoding, time per token", claim_figures.decoding(Evidence({"layers": results}))))
+        found.append(("Decoding, memory", decoding_memory(results)))
+    if "rotary" in results:
+        found.append(("Rotary embedding", rotary(results)))
+    return [(title, figure) for title, figure in found if figure is not None]
+
+
+# Small models
+
+
+def logs() -> list[dict[str, Any]]:
+    """How each kept model was trained."""
+    files = {name: models.WEIGHTS / f"{name}.json" for name in models.MODELS}
+    return [json.loads(file.read_text()) for file in files.values() if file.exists()]
+
+
+def training() -> Figure:
+    attention = ("roformer", "roformer-masked")
+    series = {
+        log["name"] + (", ours" if log["name"] not in attention else ""): {p["step"]: p["loss"] for p in log["curve"]}
+        for log in logs()
+    }
+    ends = "; ".join(f"{name} {points[max(points)]:.2f}" for name, points in series.items())
+    see = f"Nats per byte while training, each point the mean of 50 steps. They end at: {ends}."
+    return figures.lines(series, see, "step", "nats per byte", logarithmic="")
+
+
+def losses(quality: Results | None) -> list[dict[str, Any]]:
+    """Of each model, by our operators and by the references: when it was trained, and on this device."""
+    here = {r["name"]: r for r in (quality or {}).get("trained", [])}
+    found = []
+    for log in logs():
+        name = log["name"]
+        pairs = [("after training", log["held_out"]["ours"], log["held_out"]["reference"])]
+        if name in here:
+            pairs.append(("on this device", here[name]["loss"], here[name]["reference"]))
+        for when, ours, reference in pairs:
+            verdict = HOLDS if abs(ours - reference) <= SAME_LOSS else FAILS
+            row = {"name": name, "parameters": log["parameters"], "when": when, "ours": ours, "reference": reference}
+            found.append({**row, "verdict": verdict})
+    return found

@@ -1,0 +1,531 @@
+"""Verdicts of claims, from made-up rows: each can hold, fail, and be left open."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("scipy")
+
+from benchmarks import fits, layers, models, quality
+from benchmarks.claims import FAILS, HOLDS, OPEN, Answer, all_claims, cost, within, worst
+from benchmarks.claims.evidence import Evidence
+
+INF = math.inf
+LENGTHS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+NOISE = (0.99, 1.0, 1.01, 0.995, 1.005)
+Law = Callable[[int], float]
+Key = tuple[str, str, str]  # level, name, by
+
+
+def timed(
+    laws: Mapping[Key, Law], lengths: tuple[int, ...] = LENGTHS, what: str = "forward", noise: tuple[float, ...] = NOISE
+) -> list[dict[str, Any]]:
+    """Rows of times at every width."""
+    return [
+        {"level": level, "name": name, "by": by, "width": width, "length": n, "what": what}
+        | {"times": [law(n) * x for x in noise]}
+        for (level, name, by), law in laws.items()
+        for width in layers.WIDTHS.values()
+        for n in lengths
+    ]
+
+
+def held(rows: Mapping[tuple[str, str, str, int], tuple[int, int]]) -> list[dict[str, Any]]:
+    """Rows of memory: level, name, by and length; the peak, and what is saved."""
+    return [
+        {"level": level, "name": name, "by": by, "length": n, "peak": peak, "saved": saved}
+        for (level, name, by, n), (peak, saved) in rows.items()
+    ]
+
+
+def answers(claim: str, *, quality: Mapping[str, Any] | None = None, **places: Any) -> dict[str, Answer]:
+    found = next(c for c in all_claims() if c.id == claim)
+    evidence = Evidence({"layers": places, "quality": dict(quality or {})})
+    return {a["of"]: Answer(**a) for a in found.row(evidence)["answers"]}
+
+
+def verdicts(claim: str, **places: Any) -> dict[str, str]:
+    return {of: a.verdict for of, a in answers(claim, **places).items()}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [(2, 3, HOLDS), (1, 2.5, OPEN), (3.5, 5, OPEN), (0, 9, OPEN), (0, 1, FAILS), (5, 6, FAILS)],
+)
+def test_only_an_interval_that_agrees_wholly_holds(low: float, high: float, verdict: str) -> None:
+    assert within(fits.Interval((low + high) / 2, low, high), 2, 4) == verdict
+
+
+def test_one_length_that_fails_decides() -> None:
+    assert worst([HOLDS, OPEN, FAILS]) == FAILS
+    assert worst([HOLDS, OPEN]) == OPEN
+    assert worst([HOLDS, HOLDS]) == HOLDS
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "at", "by", "why"),
+    [
+        (1050, 900, 1200, HOLDS, HOLDS, "1,000 within a factor of 1.5"),
+        (350, 300, 400, FAILS, HOLDS, "earlier"),
+        (3500, 3000, 4000, FAILS, FAILS, "later"),
+        (800, 500, 1200, OPEN, HOLDS, "within"),
+        (1200, 900, 1800, OPEN, OPEN, "the interval reaches beyond"),
+        (INF, 1024, INF, OPEN, OPEN, "too short"),  # 1,024 is the longest: crossing at 1,100 would agree
+        (INF, 8192, INF, FAILS, FAILS, "later"),
+        (0, 0, 1024, OPEN, HOLDS, ""),  # 1,024 is the shortest: crossing at 900 would agree, at 100 it would not
+        (0, 0, 128, FAILS, HOLDS, "earlier"),
+        (0, 0, 2048, OPEN, OPEN, "crossed at the shortest"),
+    ],
+)  # fmt: skip
+def test_a_crossover_is_judged_by_what_was_measured(
+    value: float, low: float, high: float, at: str, by: str, why: str
+) -> None:
+    """Said to be at 1,000, or there at the latest."""
+    found = fits.Interval(value, low, high)
+    assert cost.at_crossover("", 1000, found).verdict == at
+    latest = cost.at_crossover("", 1000, found, least=0)
+    assert latest.verdict == by
+    assert why in latest.why
+
+
+def test_too_few_lengths_leave_a_crossover_open() -> None:
+    assert cost.at_crossover("", 1000, None).verdict == OPEN
+
+
+def square(cross: float) -> Law:
+    """Crosses `line` there."""
+    return lambda n: 1e-6 * n * n / cross
+
+
+def line(n: int) -> float:
+    return 1e-6 * n
+
+
+def test_every_width_has_an_answer_of_its_own() -> None:
+    laws = {("layer", "attention", "eager"): square(1536), ("layer", "feed-forward", "eager"): line}
+    found = verdicts("C1", times=timed(laws))
+    assert found["materialised attention, base, H = 768"] == HOLDS
+    assert found["materialised attention, small, H = 384"] == FAILS
+    assert found["materialised attention, large, H = 1024"] == HOLDS
+    assert found["fused attention, base, H = 768"] == OPEN  # was not measured
+
+
+def test_a_crossover_beyond_all_lengths_is_left_open() -> None:
+    """5,000 is said, and 1,024 is the longest of a quick run."""
+    laws = {
+        ("layer", "attention", "eager"): lambda n: 2e-6 * n,
+        ("layer", "feed-forward", "eager"): line,
+        ("layer", "Performer", "ours"): lambda n: 4e-6 * n,
+    }
+    of = "ours against materialised attention"
+    assert verdicts("C7", times=timed(laws, (128, 1024)))[of] == OPEN
+    assert verdicts("C7", times=timed(laws))[of] == FAILS  # 8,192 is long enough
+
+
+@pytest.mark.parametrize(("cross", "verdict"), [(300, HOLDS), (1000, HOLDS), (3000, FAILS)])
+def test_to_pay_earlier_is_no_failure(cross: float, verdict: str) -> None:
+    laws = {("mixing", "attention", "fused"): square(cross), ("mixing", cost.WIDE, "ours"): line}
+    assert verdicts("C6", times=timed(laws))["keys and values 4d: ours against fused attention"] == verdict
+
+
+@pytest.mark.parametrize(("cross", "verdict"), [(100, HOLDS), (500, HOLDS), (900, FAILS), (10, OPEN)])
+def test_long_enough_means_that_some_length_is_not(cross: float, verdict: str) -> None:
+    laws = {("mixing", "GAU", "ours"): square(cross), ("mixing", "FLASH", "ours"): line}
+    assert verdicts("C21", times=timed(laws, LENGTHS[2:] if cross == 10 else LENGTHS))["mixing, ours"] == verdict
+
+
+def layer_times(factor: Law, noise: tuple[float, ...] = NOISE, lengths: tuple[int, ...] = LENGTHS) -> Any:
+    """A layer that takes `factor` times as long as its products, which are 12 n H² without mixing."""
+    h = cost.H
+
+    def attention(n: int) -> float:
+        return 1e-12 * n * h * h * (12 * factor(n) * (1 + n / (6 * h)) - 8)
+
+    laws = {
+        ("layer", "attention", "fused"): attention,
+        ("layer", "feed-forward", "eager"): lambda n: 8e-12 * n * h * h,
+        ("layer", "projections", "eager"): lambda n: 4e-12 * n * h * h,
+    }
+    return timed(laws, lengths, noise=noise)
+
+
+@pytest.mark.parametrize("claim", ["C3", "C4"])
+def test_a_layer_by_its_products(claim: str) -> None:
+    wild = (0.6, 1.0, 1.4, 0.7, 1.3)
+    of = "fused attention"
+    assert verdicts(claim, times=layer_times(lambda n: 1))[of] == HOLDS
+    assert verdicts(claim, times=layer_times(lambda n: (n / 128) ** 0.3))[of] == FAILS
+    assert verdicts(claim, times=layer_times(lambda n: 1, noise=wild))[of] == OPEN
+    short = answers("C3", times=layer_times(lambda n: 1, lengths=LENGTHS[:-1]))[of]
+    assert short.verdict == OPEN
+    assert "4,096" in short.why
+
+
+def test_mixing_as_a_part_of_the_layer() -> None:
+    """C6: what a layer gains by wide keys."""
+    h = cost.H
+    laws = {
+        ("layer", "attention", "fused"): lambda n: 1e-12 * (4 * n * h * h + 2 * n * n * h),
+        ("layer", "feed-forward", "eager"): lambda n: 8e-12 * n * h * h,
+        ("layer", "projections", "eager"): lambda n: 4e-12 * n * h * h,
+        ("mixing", cost.WIDE, "ours"): lambda n: 2e-12 * n * 16 * cost.D * h,
+    }
+    of = "a layer, keys and values 4d: ours against fused attention"
+    assert verdicts("C6", times=timed(laws))[of] == HOLDS
+    laws["mixing", cost.WIDE, "ours"] = lambda n: 8e-12 * n * 16 * cost.D * h
+    assert verdicts("C6", times=timed(laws))[of] == FAILS
+
+
+@pytest.mark.parametrize(("gain", "verdict"), [(1.1, HOLDS), (1.6, FAILS), (1.25, OPEN)])
+def test_units_cost_as_much_as_the_pair(gain: float, verdict: str) -> None:
+    laws = {
+        ("layer", "attention", "fused"): line,
+        ("layer", "feed-forward", "eager"): line,
+        ("layer", "GAU × 2", "ours"): lambda n: 2 * gain * line(n),
+    }
+    assert verdicts("C18", times=timed(laws))["ours against fused attention"] == verdict
+
+
+@pytest.mark.parametrize(("exponent", "verdict"), [(1.0, HOLDS), (0.7, HOLDS), (1.5, FAILS)])
+def test_landmarks_grow_linearly(exponent: float, verdict: str) -> None:
+    laws = {("mixing", "Nyström, m = 64", "ours"): lambda n: 1e-6 * n**exponent}
+    found = verdicts("C16", times=timed(laws))
+    assert found["is linear, m = 64: ours"] == verdict
+    assert found["is linear, m = 64: eager"] == OPEN
+    assert set(verdicts("C16", times=timed(laws, (128, 1024))).values()) == {OPEN}
+
+
+def test_each_number_of_landmarks_has_an_answer_of_its_own() -> None:
+    laws = {("mixing", "attention", "fused"): square(200)}
+    laws |= {("mixing", f"Nyström, m = {m}", "ours"): line for m in cost.NYSTROM}
+    found = verdicts("C16", times=timed(laws))
+    assert [found[f"overtakes, m = {m}: ours against fused attention"] for m in cost.NYSTROM] == [FAILS] + 3 * [HOLDS]
+
+
+def test_the_paper_beside_ours() -> None:
+    name = "Nyström, m = 64"
+    times = {("mixing", "attention", "fused"): lambda n: 1e-6 * n * n, ("mixing", name, "ours"): lambda n: 1e-5 * n}
+    memory = {("mixing", "attention", "fused", n): (n, 0) for n in (1024, 4096)}
+    memory |= {("mixing", name, "ours", n): (n, 0) for n in (1024, 4096)}
+    found = verdicts("C15", times=timed(times), memory=held(memory))
+    assert found["time, m = 64, ours against fused attention"] == HOLDS
+    assert found["memory, m = 64, ours against fused attention"] == FAILS
+    assert found["time, m = 32, ours against fused attention"] == OPEN
+
+
+@pytest.mark.parametrize(
+    ("tokens", "states", "verdict"), [(1024, 400, HOLDS), (1024, 10, FAILS), (4096, 100, HOLDS), (4096, 400, FAILS)]
+)
+def test_states_tie_with_scores_where_they_are_said_to(tokens: int, states: int, verdict: str) -> None:
+    memory = {("mixing", "causal linear attention", "every state", tokens): (states, 0)}
+    memory["mixing", "attention", "eager", tokens] = (100, 0)
+    found = verdicts("C10", memory=held(memory))
+    assert found.pop(f"every state kept, n = {tokens:,}") == verdict
+    assert set(found.values()) == {OPEN}
+
+
+@pytest.mark.parametrize(("states", "verdict"), [(3e6, HOLDS), (6e6, FAILS)])
+def test_states_of_chunks(states: float, verdict: str) -> None:
+    out = 1024 * 2 * cost.H * 4
+    memory = held({("mixing", "FLASH, causal", "ours", 1024): (out + int(states), 0)})
+    assert verdicts("C11", memory=memory) == {"our kernel": verdict}
+
+
+def test_naive_autograd_against_a_fused_gradient() -> None:
+    values = 3 * 1024 * cost.H * 4
+    name = "causal linear attention"
+    memory = {("mixing", name, "every state", 1024): (64, 63 * values), ("mixing", name, "ours", 1024): (1, 0)}
+    assert set(verdicts("C12", memory=held(memory)).values()) == {HOLDS}
+    memory["mixing", name, "every state", 1024] = (20, 20 * values)
+    assert set(verdicts("C12", memory=held(memory)).values()) == {FAILS}
+
+
+def test_like_is_timed_against_like() -> None:
+    """C13: bidirectional attention and bidirectional linear attention."""
+    laws = {("mixing", "attention", "fused"): square(100), ("mixing", "linear attention", "ours"): line}
+    of = "time, ours against fused attention"
+    assert verdicts("C13", times=timed(laws, LENGTHS[2:], "both"))[of] == HOLDS
+    assert verdicts("C13", times=timed(laws, LENGTHS, "both"))[of] == FAILS
+    laws["mixing", "causal linear attention", "ours"] = laws.pop(("mixing", "linear attention", "ours"))
+    assert verdicts("C13", times=timed(laws, LENGTHS, "both"))[of] == OPEN
+
+
+def decoded(state: Law, cache: Law, contexts: tuple[int, ...] = (256, 1024, 4096)) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "length": n, "bytes": 1, "times": [law(n) * x for x in NOISE]}
+        for name, law in ((cost.STATE, state), (cost.CACHE, cache))
+        for n in contexts
+    ]
+
+
+def test_decoding() -> None:
+    rows = decoded(lambda n: 1e-6, line)
+    found = verdicts("C14", decoding=rows)
+    assert found[cost.STATE] == found[cost.CACHE] == HOLDS
+    assert found["784 tokens (MNIST) against a cache, batch 8"] == HOLDS
+    assert found["3,072 tokens (CIFAR-10) against a cache, batch 1"] == OPEN
+    found = verdicts("C14", decoding=decoded(line, lambda n: 1e-6))
+    assert found[cost.STATE] == found[cost.CACHE] == FAILS
+    assert found["784 tokens (MNIST) against a cache, batch 8"] == FAILS
+    short = decoded(lambda n: 1e-6, line, (256, 1024))
+    assert verdicts("C14", decoding=short)["3,072 tokens (CIFAR-10) against a cache, batch 8"] == OPEN
+
+
+def test_generation_adds_up_the_contexts() -> None:
+    assert cost.generation({1: [1.0], 101: [101.0]}, 101) == [1 + sum(range(1, 101))]
+
+
+@pytest.mark.parametrize(
+    ("error", "features", "suffices", "better"),
+    [(0.05, 0.5, HOLDS, HOLDS), (0.8, 1.0, FAILS, HOLDS), (0.8, 0.5, FAILS, FAILS), (0.05, 0.01, HOLDS, FAILS)],
+)
+def test_to_be_the_better_of_two_is_not_to_suffice(error: float, features: float, suffices: str, better: str) -> None:
+    rows = [
+        {"length": n, "by": by, "size": size, "error": x}
+        for n in (256, 512, 1024)
+        for by, x in (("Nyström", error), ("Performer", features))
+        for size in (32, 128)
+    ]
+    assert list(verdicts("C17", quality={"approximations": rows}).values()) == [suffices, better, better]
+
+
+@pytest.mark.parametrize(
+    ("attention", "units", "early", "late"),
+    [(1000, 300, HOLDS, HOLDS), (100, 300, FAILS, FAILS), (200, 120, HOLDS, HOLDS)],
+)
+def test_memory_of_units(attention: int, units: int, early: str, late: str) -> None:
+    memory = {}
+    for n in (1024, 4096):
+        memory["layer", "attention", "fused", n] = (0, attention)
+        memory["layer", "feed-forward", "eager", n] = (0, 0)
+        memory["layer", "GAU × 2", "ours", n] = (0, units)
+    found = verdicts("C19", memory=held(memory))
+    assert found["ours against fused attention, n = 1,024"] == early
+    assert found["ours against fused attention, n = 4,096"] == late
+    of = "memory, ours against fused attention"
+    assert verdicts("C20", memory=held(memory))[of] == FAILS  # it does not grow
+    memory["layer", "attention", "fused", 4096] = (0, 2 * attention)
+    assert verdicts("C20", memory=held(memory))[of] == (HOLDS if early == HOLDS else FAILS)
+
+
+@pytest.mark.parametrize(("unit", "verdict"), [(100, HOLDS), (250, FAILS)])
+def test_scores_of_one_head_against_twelve(unit: int, verdict: str) -> None:
+    memory = {("mixing", "attention", "eager", 4096): (0, 1200), ("mixing", "GAU", "eager", 4096): (0, unit)}
+    assert verdicts("C19", memory=held(memory))["mixing alone, in eager torch, n = 4,096"] == verdict
+
+
+def rotated(**factors: float) -> list[dict[str, Any]]:
+    names = {"added": "an embedding added", "eager": "RoPE, eager", "compiled": "RoPE, torch.compile"}
+    names |= {"ours": "RoPE, ours", "copy": "a copy", "matrices": "RoPE, as matrices"}
+    return [{"name": names[k], "times": [x * noise for noise in NOISE]} for k, x in factors.items()]
+
+
+def test_rotary_embeddings() -> None:
+    found = verdicts("C24", rotary=rotated(added=1, eager=4.5, compiled=2.2, ours=1, copy=0.9))
+    assert set(found.values()) == {HOLDS}  # faster than what is said of fused ones is no failure
+    found = verdicts("C24", rotary=rotated(added=1, eager=7, compiled=2.5, ours=1.2))
+    assert found["eager"] == found["eager against ours"] == FAILS
+    assert found["fused by torch.compile"] == OPEN  # the interval reaches beyond 2.5
+    assert found["ours against a copy"] == OPEN  # not measured
+    assert verdicts("C24", rotary=rotated(added=1, eager=9, ours=3))["fused, ours"] == FAILS
+
+
+def test_a_row_without_times_gives_its_reason() -> None:
+    rows = [*rotated(added=1, eager=4.5), {"name": "RoPE, ours", "reason": "its result is wrong"}]
+    assert answers("C24", rotary=rows)["fused, ours"] == Answer(
+        "fused, ours", "–", OPEN, "RoPE, ours: its result is wrong"
+    )
+    key = {"level": "layer", "name": "feed-forward", "by": "eager", "what": "forward", "length": 1024}
+    rows = [key | {"width": width, "reason": "no room"} for width in layers.WIDTHS.values()]
+    rows += timed({("layer", "attention", "fused"): line})
+    assert {a.why.rsplit(": ", 1)[-1] for of, a in answers("C1", times=rows).items() if "fused" in of} == {"no room"}
+
+
+def test_fewer_multiplications_are_not_as_much_less_time() -> None:
+    assert verdicts("C25", rotary=rotated(ours=1, matrices=30)) == {"faster": HOLDS, "32 times as fast": HOLDS}
+    assert verdicts("C25", rotary=rotated(ours=1, matrices=8)) == {"faster": HOLDS, "32 times as fast": FAILS}
+    assert verdicts("C25", rotary=rotated(ours=2, matrices=1)) == {"faster": FAILS, "32 times as fast": FAILS}
+
+
+def computed(claim: str, **experiments: Any) -> dict[str, str]:
+    return {of: a.verdict for of, a in answers(claim, quality=experiments).items()}
+
+
+def test_a_property_of_rope_that_was_not_computed() -> None:
+    found = computed("D1", rope_relativity={"shift": 1e-7, "norm": 1e-2})
+    assert list(found.values()) == [HOLDS, FAILS, OPEN, OPEN, OPEN]
+
+
+@pytest.mark.parametrize(("far", "verdict"), [(0.3, HOLDS), (0.8, FAILS), (-0.8, FAILS)])
+def test_scores_of_equal_vectors_decay(far: float, verdict: str) -> None:
+    near = (0, 1, 4, 16, 32, 64, 128)
+    rows = [{"distance": m, "bound": 30.0, "scores": 11.0, "same": 1.0} for m in near]
+    rows += [{"distance": m, "bound": 5.0, "scores": 11.0, "same": far} for m in (256, 512, 1024, 2048, 4096)]
+    found = computed("D2", decay=rows)
+    assert found["scores of q = k"] == verdict
+    assert found["scores of random q and k"] == FAILS
+
+
+@pytest.mark.parametrize(("share", "verdict"), [(1.0, HOLDS), (0.9, FAILS)])
+def test_scores_of_a_trained_model_decay_in_every_head(share: float, verdict: str) -> None:
+    rows = [{"distance": 1, "score": 1.0, "less": 0.0}, {"distance": 256, "score": 0.0, "less": share}]
+    assert computed("D2", real_decay=rows)["scores of a trained model, in every head"] == verdict
+
+
+@pytest.mark.parametrize(("last", "sums", "size"), [(0.3, HOLDS, FAILS), (0.8, HOLDS, HOLDS), (1.0, FAILS, HOLDS)])
+def test_weights_of_a_rotated_numerator(last: float, sums: str, size: str) -> None:
+    rows = [{"position": i, "sum": x, "negative": 0.01, "least": 0.2} for i, x in ((0, 1.0), (511, last))]
+    found = computed("D3", rotated_features=rows)
+    assert found["elu + 1 of random q and k"] == sums
+    assert found["yet outputs keep their size"] == size
+    hand = {"weights": [-0.3125, 0.6205], "opposite": [-1.0]}
+    assert set(list(computed("D3", rotated_features=rows, rotated_by_hand=hand).values())[2:]) == {HOLDS}
+    hand = {"weights": [0.3125, 0.6205], "opposite": [0.1]}
+    assert set(list(computed("D3", rotated_features=rows, rotated_by_hand=hand).values())[2:]) == {FAILS}
+
+
+@pytest.mark.parametrize(
+    ("causal", "masked", "expected"),
+    [(1.01, 1.5, [HOLDS, HOLDS, HOLDS]), (1.4, 2.2, [FAILS, HOLDS, HOLDS]), (1.04, 1.04, [HOLDS, FAILS, FAILS])],
+)
+def test_little_is_not_only_less_than_much(causal: float, masked: float, expected: list[str]) -> None:
+    losses = {"roformer": 1.0, "roformer-masked": 1.0, "linear": causal, "linear-masked": masked}
+    found = computed("D5", trained=[{"name": name, "loss": x} for name, x in losses.items()])
+    assert list(found.values())[:3] == expected
+    assert OPEN in found.values()  # no bands
+
+
+@pytest.mark.parametrize(("narrow", "verdict"), [(1.8, HOLDS), (2.2, FAILS)])
+def test_a_band_raises_quality(narrow: float, verdict: str) -> None:
+    losses = {16: narrow, 512: 2.0}
+    rows = [{"name": name, "band": w, "loss": losses[w]} for name in ("linear", "linear-masked") for w in losses]
+    found = computed("D5", bands=rows)
+    assert [v for of, v in found.items() if "band" in of] == [verdict, verdict]
+
+
+def made_up(**long: float) -> dict[str, Any]:
+    """Outputs and noise at 512 and at 8,192, where the outputs can be changed."""
+    names = {
+        "by_n": "relu²/n",
+        "by_512": "relu²/512",
+        "by_sum": "relu²/sum",
+        "softmax": "softmax",
+        "plus": "softmax_plus",
+    }
+    means = {"by_n": 0.05, "by_512": 0.8, "by_sum": 0.1, "softmax": 0.9, "plus": 0.998} | long
+    noises = {"by_n": 0.01, "by_512": 0.2, "by_sum": 0.03, "softmax": 0.01, "plus": 0.001}
+    short = {"length": 512, **dict.fromkeys(names.values(), 0.8), "softmax": 0.95, "softmax_plus": 0.95}
+    quiet = {"length": 512, **dict.fromkeys(names.values(), 0.05)}
+    means, noises = ({"length": 8192} | {names[k]: x for k, x in found.items()} for found in (means, noises))
+    return {"lengths": [short, means], "noise": [quiet, noises]}
+
+
+def test_normalisers_at_length() -> None:
+    found = computed("D6", **made_up())
+    assert list(found.values())[:7] == 7 * [HOLDS]
+    best = "softmax does better than relu², whatever divides it"
+    assert computed("D6", **made_up(softmax=0.2))[best] == FAILS
+    assert computed("D6", **made_up(softmax=0.97))["softmax_plus alone improves with n"] == FAILS
+    assert computed("D6", **made_up(by_n=0.5))["relu²/n falls as 1/n"] == FAILS
+    assert computed("D6", **made_up(by_n=0.9))["relu²/512 does better than relu²/n"] == FAILS
+    assert computed("D6", **made_up(by_512=0.3))["relu²/512 keeps its mean"] == FAILS
+    assert computed("D6", **made_up(by_sum=0.7))["relu²/sum falls as well"] == FAILS
+
+
+@pytest.mark.parametrize(
+    ("softmax", "does_not_fail", "loses_more"), [(1.03, HOLDS, HOLDS), (2.0, FAILS, HOLDS), (3.0, FAILS, FAILS)]
+)
+def test_to_lose_less_is_not_to_lose_nothing(softmax: float, does_not_fail: str, loses_more: str) -> None:
+    rows = [{"length": 512, "gau": 1.0, "roformer": 1.0}, {"length": 2048, "gau": 2.5, "roformer": softmax}]
+    found = computed("D6", beyond=rows)
+    assert found["trained at 512: softmax does not fail"] == does_not_fail
+    assert found["trained at 512: relu²/n loses more"] == loses_more
+    assert found["trained at 512: softmax with log n beyond does better"] == OPEN
+    rows[1] |= {"roformer, log n": softmax - 0.1, "gau, n fixed": 2.6}
+    found = computed("D6", beyond=rows)
+    assert found["trained at 512: softmax with log n beyond does better"] == HOLDS
+    assert found["trained at 512: relu² with an n that stays beyond does better"] == FAILS
+
+
+@pytest.mark.parametrize(("rms", "verdict"), [((0.1, 0.003), HOLDS), ((0.1, 0.05), FAILS)])
+def test_sizes_of_a_new_unit(rms: tuple[float, float], verdict: str) -> None:
+    rows = [{"length": n, "rms": x, "ratio": 70.0} for n, x in zip((64, 2048), rms, strict=True)]
+    found = computed("D8", initial_turned=rows)
+    assert found["with RoPE: the output falls as 1/n"] == verdict
+    assert found["with RoPE: a token sees itself 69 times as much"] == HOLDS
+
+
+@pytest.mark.parametrize(("output", "verdict"), [(120, HOLDS), (650, FAILS)])
+def test_scaled_weights(output: float, verdict: str) -> None:
+    rows = [{"factor": 2.0, "output": output}]
+    assert computed("D8", initial_factors=rows)["weights times 2: the output times 2⁷"] == verdict
+
+
+@pytest.mark.parametrize(("high", "relu2", "softmax"), [(1.0, FAILS, HOLDS), (1.5, HOLDS, FAILS)])
+def test_positions_of_equal_tokens(high: float, relu2: str, softmax: str) -> None:
+    rows = [{"name": name, "low": 1.0, "high": high} for name in ("relu²", "softmax")]
+    assert computed("D9", same_tokens=rows) == {"relu²": relu2, "softmax over l2 norms": OPEN, "softmax": softmax}
+
+
+@pytest.mark.parametrize(("error", "verdict"), [(0.05, HOLDS), (0.9, FAILS)])
+def test_landmarks_on_a_trained_model(error: float, verdict: str) -> None:
+    sizes = [(n, m) for n in (256, 512, 1024) for m in (16, 32, 64, 128)]
+    rows = [{"length": n, "by": "Nyström", "size": m, "error": error} for n, m in sizes]
+    found = computed("D10", approximations=rows)
+    assert [found[f"a trained model, n = {n}"] for n in ("256", "512", "1,024")] == 3 * [verdict]
+
+
+def test_a_form_that_was_not_computed() -> None:
+    assert list(computed("D13", one_function={"whole": 1e-7, "recurrent": 1e-3}).values()) == [HOLDS, OPEN, OPEN, FAILS]
+    assert list(computed("D14", chunks={"causal": 1e-16, "full": 1e-3}).values()) == [HOLDS, FAILS, OPEN]
+
+
+def heads_of(n: int) -> torch.Tensor:
+    """q, k and v of a small model."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(3, 1, n, models.HEADS, models.WIDTH // models.HEADS, generator=generator)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_band_of_all_keys_is_the_model_itself(causal: bool) -> None:
+    layer = models.Attention(models.Config("linear", causal))
+    q, k, v = heads_of(40)
+    with torch.no_grad():
+        whole, band, narrow = layer.mix(q, k, v), *(quality._band(layer, w, q, k, v) for w in (40, 8))
+    torch.testing.assert_close(band, whole)
+    assert (narrow[:, :8] - whole[:, :8]).abs().max() < 1e-5 if causal else (narrow - whole).abs().max() > 1e-2
+    assert (narrow[:, 8:] - whole[:, 8:]).abs().max() > 1e-2
+
+
+def test_scores_grow_beyond_the_trained_length_only() -> None:
+    layer = models.Attention(models.Config("softmax", True))
+    q, k, v = heads_of(2 * models.CONTEXT)
+    with torch.no_grad():
+        plain, scaled = layer.mix(q, k, v), quality._scaled(layer, q, k, v)
+    torch.testing.assert_close(scaled[:, : models.CONTEXT], plain[:, : models.CONTEXT])
+    assert (scaled[:, -1] - plain[:, -1]).abs().max() > 1e-3
+
+
+def test_what_is_said_of_made_up_inputs() -> None:
+    """Numbers that the list of claims has from elsewhere."""
+    hand = quality.rotated_by_hand()
+    assert hand["weights"] == pytest.approx([-0.313, 0.620], abs=1e-3)
+    same = {r["distance"]: r["same"] for r in quality.decay()}
+    assert [same[m] for m in (16, 256, 4096)] == pytest.approx([0.62, 0.32, -0.05], abs=0.02)
+    relu2 = next(r for r in quality.same_tokens() if r["name"] == "relu²")
+    assert relu2["high"] > 1.01 * relu2["low"]
+
+
+def test_what_a_gated_unit_attends_with_is_heard() -> None:
+    model = models.Model(models.MODELS["gau"])
+    with torch.no_grad(), models.listening(model) as found:
+        model(torch.zeros(1, 8, dtype=torch.long))
+    assert len(found) == len(model.layers)
+    assert all(q.shape == k.shape == (1, 8, 1, models.KEY_DIM) for q, k, _ in found)
+    model(torch.zeros(1, 8, dtype=torch.long))
+    assert len(found) == len(model.layers)  # no longer
