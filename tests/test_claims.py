@@ -229,11 +229,13 @@ def test_states_tie_with_scores_where_they_are_said_to(tokens: int, states: int,
     assert set(found.values()) == {OPEN}
 
 
-@pytest.mark.parametrize(("states", "verdict"), [(3e6, HOLDS), (6e6, FAILS)])
-def test_states_of_chunks(states: float, verdict: str) -> None:
+@pytest.mark.parametrize(
+    ("states", "fewer", "as_few"), [(3e6, HOLDS, HOLDS), (6e6, HOLDS, FAILS), (67e6, FAILS, FAILS)]
+)
+def test_states_of_chunks(states: float, fewer: str, as_few: str) -> None:
     out = 1024 * 2 * cost.H * 4
     memory = held({("mixing", "FLASH, causal", "ours", 1024): (out + int(states), 0)})
-    assert verdicts("C11", memory=memory) == {"our kernel": verdict}
+    assert list(verdicts("C11", memory=memory).values()) == [fewer, as_few]
 
 
 def test_naive_autograd_against_a_fused_gradient() -> None:

@@ -447,13 +447,14 @@ def gated_memory(e: Evidence) -> Iterator[Answer]:
 def chunk_states(e: Evidence) -> Iterator[Answer]:
     n, s = 1024, layers.KEY_DIM
     said = 2 * H / (layers.CHUNK * s)
+    every = n * s * s * 4
     held = e.bytes("mixing", "FLASH, causal", "ours", n, "peak") - n * 2 * H * 4
-    share = held / (n * s * s * 4)
-    told = f"at n = {n:,}: {held / 1e6:.1f} MB beyond the output, states of every token {n * s * s * 4 / 1e6:.0f} MB"
-    why = f"{share:.3f} of them; {said:.3f} is said, within a factor of {NEAR}"
-    if share > said * NEAR:
-        why += "; the sum before its gate is kept as well, n·e numbers"
-    yield Answer("our kernel", told, HOLDS if share <= said * NEAR else FAILS, why)
+    share = held / every
+    told = f"at n = {n:,}: {held / 1e6:.1f} MB beyond the output, {share:.3f} of the states of every token"
+    why = "the sum before its gate, n·e numbers, counts as well; what a kernel holds for itself on a CPU does not"
+    yield Answer("our kernel: no state of every token", told, HOLDS if share < 0.5 else FAILS, f"below half; {why}")
+    verdict = HOLDS if said / NEAR <= share <= said * NEAR else FAILS
+    yield Answer(f"our kernel: {said:.3f} of them", told, verdict, f"within a factor of {NEAR}; {why}")
 
 
 # C14

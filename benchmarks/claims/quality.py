@@ -171,7 +171,11 @@ def lengths(e: Evidence) -> Iterator[Answer]:
 
     share = 512 / 8192
     yield said(
-        "falls as 1/n", "relu²/n", share / NEAR, share * NEAR, "of made-up keys, four of which matter; 1 is right"
+        "falls as 1/n",
+        "relu²/n",
+        share / NEAR,
+        share * NEAR,
+        f"within a factor of {NEAR}; made-up keys, four of which matter: 1 is right",
     )
     yield said("keeps its mean", "relu²/512", 1 / NEAR, NEAR, f"within a factor of {NEAR} from 512 to 8,192")
     yield said("falls as well", "relu²/sum", 0, 0.5, "to less than half from 512 to 8,192")
@@ -258,9 +262,9 @@ def initial_factors(e: Evidence) -> Iterator[Answer]:
     for row in e.computed("initial_factors"):
         factor, said = row["factor"], row["factor"] ** 7
         near = said / NEAR < row["output"] < said * NEAR
-        why = f"{said:.2g} is said, within a factor of {NEAR}; swish is not homogeneous"
+        why = f"{said:.3g} is said, within a factor of {NEAR}; swish is not homogeneous"
         yield Answer(
-            f"weights times {factor:g}: the output times {factor:g}⁷", f"{row['output']:.2g}", _holds(near), why
+            f"weights times {factor:g}: the output times {factor:g}⁷", f"{row['output']:.3g}", _holds(near), why
         )
 
 
