@@ -15,7 +15,7 @@ from .claims import FAILS, HOLDS, OPEN, all_claims
 from .claims.evidence import Evidence
 from .claims.figures import FIGURES
 from .figures import Figure
-from .suite import OPERATORS, RESULTS
+from .suite import OPERATORS, kept_files
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -99,9 +99,9 @@ def table_plot(rows: list[dict[str, Any]]) -> Figure:
     return figures.lines(series, see, "position", "largest error of cos", height=380)
 
 
-def load() -> list[dict[str, Any]]:
-    """Every result that is kept, newest first."""
-    results = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*/*.json"))]
+def load(quick: bool) -> list[dict[str, Any]]:
+    """Every result that is kept, newest first; quick: of quick runs where there are."""
+    results = [json.loads(file.read_text()) for file in kept_files(quick)]
     return sorted(results, key=lambda r: r["environment"]["date"], reverse=True)
 
 
@@ -126,9 +126,9 @@ def claims(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def render(folder: Path) -> list[Path]:
+def render(folder: Path, *, quick: bool = False) -> list[Path]:
     """Writes index.html and summary.md into `folder`."""
-    results = load()
+    results = load(quick)
     if not results:
         raise SystemExit("nothing has been measured: run `python -m benchmarks measure` first")
     operators = [r for r in results if r["op"] in OPERATORS]
