@@ -55,7 +55,11 @@ def main() -> None:
     if options.what != "measure":
         from .render import render
 
-        for file in render(ROOT / "report", quick=options.quick):
+        try:
+            written = render(ROOT / "report", quick=options.quick)
+        except OSError as error:  # a full disk; what was measured is not lost
+            raise SystemExit(f"the page cannot be written: {error}") from error
+        for file in written:
             print(f"written: {file.relative_to(ROOT)}")
 
 

@@ -198,7 +198,7 @@ class Part:
 
     @property
     def usual(self) -> bool:
-        """Of the sizes that come first; the others are not in a quick run."""
+        """Of the sizes that come first, and not compiled."""
         return self.by != "torch.compile" and (
             self.level == "mixing" or not re.search(r"4d|m = (32|128|256)", self.name)
         )
@@ -291,13 +291,13 @@ def parts() -> Iterator[Part]:
 
 
 def timed(level: str, width: int, length: int, what: str, quick: bool) -> list[Part]:
-    """The parts that are timed there."""
-    found = [p for p in parts() if p.level == level and (p.usual or not quick)]
+    """The parts that are timed there: those of the sizes that come first where each takes its time."""
+    found = [p for p in parts() if p.level == level]
+    if quick or what == "both" or length > 4096 or width != WIDTHS["base"]:
+        found = [p for p in found if p.usual]
     if width != WIDTHS["base"]:
         found = [p for p in found if p.name in ("attention", "feed-forward", "projections")]
-    if width != WIDTHS["base"] or length not in COMPILED or what != "forward":
-        found = [p for p in found if p.by != "torch.compile"]
-    return found
+    return [p for p in found if p.by != "torch.compile" or length in COMPILED]
 
 
 def find(level: str, name: str, by: str) -> Part | None:

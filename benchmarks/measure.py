@@ -90,7 +90,7 @@ def rounds(
         contenders: by name; each is called two or three times before anything counts. One that fails, for want of
             memory say, leaves the others to go on.
         seconds: about how long the rounds may take.
-        least, most: rounds, however long they take or however well medians are known.
+        least, most: rounds, however well medians are known; but three, where they take four times those seconds.
         seed: of the order in a round.
     """
     clock: Any = _CudaClock() if device == "cuda" else _CpuClock()
@@ -117,8 +117,10 @@ def rounds(
             times[name] = []
     generator, begin, turn = random.Random(seed), time.perf_counter(), 0
     while times and turn < most:
-        late = time.perf_counter() - begin > seconds
-        if turn >= least and (late or max(map(precision, times.values())) <= PRECISION):
+        taken = time.perf_counter() - begin
+        if turn >= least and (taken > seconds or max(map(precision, times.values())) <= PRECISION):
+            break
+        if turn >= 3 and taken > 4 * seconds:
             break
         for name in generator.sample(list(times), len(times)):
             times[name].append(timed(name, turn, calls[name]))

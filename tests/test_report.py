@@ -399,7 +399,14 @@ def test_contenders_without_room_or_with_wrong_results_have_rows_without_speed(
     assert rows["no room"]["reason"] == "fails: OutOfMemoryError: no room for 9 GB"
     for name in ("wrong", "not a number", "other, wrong"):
         assert rows[name]["reason"].startswith("wrong: off by")
+    check_schema(timings=list(rows.values()))
     assert rows["torch eager"]["version"] == f"torch {torch.__version__}"
+
+
+def check_schema(**places: Any) -> None:
+    facts = dict.fromkeys(("commit", "uncommitted_changes", "date", "torch", "kx_kernels"), "")
+    run = {"op": "layers", "quick": True, "environment": {"device": "", "device_kind": "cpu", **facts}, **places}
+    jsonschema.validate(run, json.loads((ROOT / "benchmarks" / "results" / "schema.json").read_text()))
 
 
 def test_a_row_is_held_against_what_the_device_allows() -> None:
@@ -418,7 +425,9 @@ def test_parts_without_room_or_with_wrong_results_have_rows_without_speed(monkey
     assert ["seconds" in row for row in rows] == [False, False, True]
     assert rows[0]["reason"] == "OutOfMemoryError: no room for 9 GB"
     assert rows[1]["reason"].startswith("wrong: off by")
-    assert layers.memory(bad[:1], 64, 128, "cpu")[0]["reason"] == "OutOfMemoryError: no room for 9 GB"
+    memory = layers.memory(bad[:1], 64, 128, "cpu")
+    check_schema(times=rows, memory=memory)
+    assert memory[0]["reason"] == "OutOfMemoryError: no room for 9 GB"
 
 
 @pytest.mark.parametrize(
