@@ -15,14 +15,13 @@ from tabulate import tabulate
 from . import compare, suite
 from .claims import Claim, all_claims
 from .claims.evidence import Evidence
-from .environment import ROOT
+from .environment import ROOT, device_name
 
 
 def answers(claim: Claim, options: argparse.Namespace) -> str:
     """Measures what a claim needs, beside what is kept, and tells what it says to the claim."""
     name = suite.holder(claim.needs)
-    results = suite.run(name, options.device, options.quick, options.fresh, claim.needs)
-    row = claim.row(Evidence({name: json.loads(results.read_text())}))
+    row = claim.row(Evidence(suite.run([name], options.device, options.quick, options.fresh, claim.needs)))
     table = tabulate([list(a.values()) for a in row["answers"]], ["read as", "measured", "verdict", "why"])
     return (
         f"{claim.id}: {claim.says} ({claim.source})\npredicted: {claim.predicted}\ncounted: {row['counted']}\n{table}"
@@ -38,27 +37,29 @@ def main() -> None:
         help=f"{', '.join(suite.NAMES)}, or the number of a claim: what to measure (everything)",
     )  # fmt: skip
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quick", action="store_true", help="fewer cases, wider spreads")
+    parser.add_argument("--quick", action="store_true", help="fewer cases, wider spreads; kept apart in report/")
     parser.add_argument("--fresh", action="store_true", help="do not go on from an interrupted run")
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="print what changed since an earlier run")
     options = parser.parse_args()
     if options.compare and not options.only:
         options.only = [json.loads(options.compare.read_text())["op"]]
     if options.what in ("report", "measure"):
-        for name in options.only or suite.NAMES:
+        names = [name for name in options.only or suite.NAMES if name not in claims]
+        for name, results in suite.run(names, options.device, options.quick, options.fresh).items():
+            file = suite.kept_file(name, options.device, options.quick).relative_to(ROOT)
+            print(f"measured in {results['wall_seconds']:.0f} s: {file}")
+            for failure in results["failed"]:
+                print(f"  not measured: {failure['step']}: {failure['reason']}")
+        for name in options.only or ():
             if name in claims:
                 print(answers(claims[name], options))
-                continue
-            file = suite.run(name, options.device, options.quick, options.fresh)
-            print(f"measured: {file.relative_to(ROOT)}")
-            for failure in json.loads(file.read_text())["failed"]:
-                print(f"  not measured: {failure['step']}: {failure['reason']}")
     if options.compare:
-        print(compare.table(options.compare, options.device))
+        print(compare.table(options.compare, options.device, options.quick))
     if options.what != "measure":
         from .render import render
 
-        written = render(ROOT / "report")
+        mine = None if options.what == "picture" else device_name(options.device)
+        written = render(ROOT / "report", quick=options.quick, mine=mine)
         if options.what == "picture":
             from .picture import take
 

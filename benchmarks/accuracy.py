@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -52,8 +53,8 @@ def _errors(spec: OpSpec, case: str, dtype: torch.dtype, device: str, backend: s
     return worst
 
 
-def rows(spec: OpSpec, device: str) -> list[dict[str, Any]]:
-    """One row per backend and dtype: the worst case and its budget, or why it was not measured."""
+def rows(spec: OpSpec, device: str, cases: Iterable[str]) -> list[dict[str, Any]]:
+    """One row per backend and dtype: the worst of the cases and its budget, or why it was not measured."""
     found = []
     for backend in spec.backends:
         for dtype in spec.dtypes:
@@ -63,7 +64,7 @@ def rows(spec: OpSpec, device: str) -> list[dict[str, Any]]:
             row["how"] = how.get(backend, "")
             try:
                 with emulated_cuda() if emulate else contextlib.nullcontext():
-                    errors = {case: _errors(spec, case, dtype, device, backend) for case in spec.cases}
+                    errors = {case: _errors(spec, case, dtype, device, backend) for case in cases}
             except kx.UnsupportedError as error:
                 reason = next(line for line in str(error).splitlines() if line.strip().startswith(f"{backend}:"))
                 row |= {"error": None, "reason": reason.split(":", 1)[1].strip()}
@@ -74,13 +75,22 @@ def rows(spec: OpSpec, device: str) -> list[dict[str, Any]]:
     return found
 
 
-def measure(op: str, device: str) -> list[dict[str, Any]]:
+def _spec(op: str) -> OpSpec:
+    return next(spec for spec in all_specs() if spec.name == op)
+
+
+def measure(op: str, device: str, quick: bool) -> list[dict[str, Any]]:
+    """quick: in one case, and without Triton's interpreter."""
+    if quick:
+        spec = _spec(op)
+        return rows(spec, device, [spec.example])
     return interpreter.rows("benchmarks.accuracy", op, device)
 
 
 def main() -> None:
     op, device = sys.argv[1:]
-    print(json.dumps(rows(next(spec for spec in all_specs() if spec.name == op), device)))
+    spec = _spec(op)
+    print(json.dumps(rows(spec, device, spec.cases)))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ def _timed(results: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], dict[str,
             yield ("layers", what, f"{row['name']}, {row['by']}"), row["seconds"]
     for kind in ("decoding", "rotary"):
         for row in results.get(kind, []):
-            yield (kind, str(row.get("length", "")), row["name"]), row["seconds"]
+            if "seconds" in row:
+                yield (kind, str(row.get("length", "")), row["name"]), row["seconds"]
 
 
 def rows(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
@@ -39,10 +40,10 @@ def rows(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def table(old_file: Path, device: str) -> str:
+def table(old_file: Path, device: str, quick: bool) -> str:
     """An earlier run beside the one that is kept of the same on this device."""
     old = json.loads(old_file.read_text())
-    new_file = suite.kept_file(old["op"], device)
+    new_file = suite.kept_file(old["op"], device, quick)
     if not new_file.exists():
         raise SystemExit(f"{new_file} does not exist: measure {old['op']} first")
     new = json.loads(new_file.read_text())

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.metadata
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,7 +12,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+import kx_kernels as kx
+
+from . import measure
 from .goals import Measured, Where
+
+WRONG = 0.05  # of the largest value: far beyond what a bfloat16 or a phase in float32 explains
+FIRST = 128  # queries that are compared with exact attention
 
 Function = Callable[..., Any]
 """Takes an operator's differentiable tensors; gives a tensor or several."""
@@ -35,62 +41,81 @@ class Contender:
     """Someone's operator. `prepare(inputs)` returns the function to time, or raises Missing with the reason it cannot.
 
     kind: "ours", "torch", "peer", or "other" for what computes something else on purpose.
+    package: that it comes from.
+    exact: what it has to give of the first rows, in float64, where that is not what the operator gives.
     """
 
     name: str
     kind: str
     prepare: Callable[[Any], Function]
+    package: str = "torch"
+    exact: Callable[[Any], Tensor] | None = None
+
+    @property
+    def version(self) -> str:
+        return f"kx_kernels {kx.__version__}" if self.kind == "ours" else f"{self.package} {version(self.package)}"
 
 
 def imported(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except Exception as error:  # a peer may fail to import in ways of its own
-        raise Missing(
-            f"{package} does not import here: {type(error).__name__}: {str(error).splitlines()[0]}"
-        ) from error
+        raise Missing(f"{package} does not import here: {measure.reason(error)}") from error
+
+
+def version(package: str) -> str | None:
+    """With the commit, where one was installed."""
+    try:
+        found = importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    commit = json.loads(found.read_text("direct_url.json") or "{}").get("vcs_info", {}).get("commit_id")
+    return f"{found.version} ({commit[:7]})" if commit else found.version
 
 
 def versions(packages: Sequence[str]) -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for package in packages:
-        found[package] = None
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+    return {package: version(package) for package in packages}
+
+
+def off(out: Tensor, exact: Tensor) -> float:
+    """The largest difference over the largest value, of what is exact: perhaps the first rows of [B, n, ...] alone."""
+    return (out[: exact.shape[0], : exact.shape[1]].double() - exact).abs().max().item() / exact.abs().max().item()
+
+
+def wrong(off: float) -> str | None:
+    """The reason that a result which is so far off has no speed."""
+    return None if off <= WRONG else f"wrong: off by {off:.2g} of the largest value"
+
+
+def softmax(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    """Softmax attention of the first queries [B, n, H, D], in float64."""
+    q, k, v = (x.double().transpose(1, 2) for x in (q[:, :FIRST], k, v))
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
 def calls(
-    sets: Sequence[Any], contenders: Sequence[Contender], error: Callable[[Function, Any], float]
+    op: Any, sets: Sequence[Any], contenders: Sequence[Contender] | None = None
 ) -> Iterator[tuple[Contender, Callable[[int], object] | str]]:
-    """Each contender with the call to time, on one set of buffers after another, or the reason there is none.
-
-    error(function, inputs): how far a function is from the reference, over the largest value.
-    """
-    case = sets[0].case
-    for contender in contenders:
-        try:
-            function = contender.prepare(sets[0])
-            wrong = error(function, sets[0]) if contender.kind != "other" else _runs(function, sets[0])
-        except Missing as missing:
-            yield contender, str(missing)
-            continue
-        except Exception as failure:  # a peer that breaks on this case is a finding, not our failure
-            if contender.kind == "ours":
-                raise
-            yield contender, f"fails: {type(failure).__name__}: {str(failure).splitlines()[0]}"
-            continue
-        if wrong > 0.05:  # far beyond what a bfloat16 or a phase in float32 explains: it computes something else
-            yield contender, f"computes something else: off by {wrong:.2g} of the largest value"
-        else:
-            yield contender, {"forward": _forward, "backward": _backward, "both": _both}[case.what](function, sets)
+    """An operator's contenders, each with the call to time, on one set of buffers after another, or why it has none."""
+    for contender in op.contenders(sets[0].case) if contenders is None else contenders:
+        yield contender, _call(op, contender, sets)
 
 
-def _runs(function: Function, x: Any) -> float:
-    """No error to speak of, if it runs at all."""
-    with torch.no_grad():
-        function(*x.leaves)
-    return 0.0
+def _call(op: Any, contender: Contender, sets: Sequence[Any]) -> Callable[[int], object] | str:
+    try:
+        function = contender.prepare(sets[0])
+        with torch.no_grad():
+            exact = contender.exact
+            error = op.error(function, sets[0]) if exact is None else off(function(*sets[0].leaves), exact(sets[0]))
+        timed = {"forward": _forward, "backward": _backward, "both": _both}[sets[0].case.what]
+        return wrong(error) or timed(function, sets)
+    except Missing as missing:
+        return str(missing)
+    except Exception as failure:  # one that breaks on this case, or has no room for it, is a finding
+        return f"fails: {measure.reason(failure)}"
 
 
 def _forward(function: Function, sets: Sequence[Any]) -> Callable[[int], object]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import platform
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -19,20 +21,24 @@ from kx_kernels.__main__ import environment as package_environment
 ROOT = Path(__file__).parent.parent
 
 
-def _git(*command: str) -> str | None:
+def _output(command: list[str]) -> str | None:
+    """None where there is no such command, or it fails."""
+    where: dict[str, Any] = {"cwd": ROOT, "env": {**os.environ, "LC_ALL": "C"}}
     try:
-        return subprocess.run(["git", *command], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(command, check=True, capture_output=True, text=True, **where).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
+def _git(*command: str) -> str | None:
+    return _output(["git", *command])
+
+
+@functools.cache
 def _cpu() -> dict[str, str]:
-    """What lscpu knows: name, cores, caches."""
-    try:
-        text = subprocess.run(["lscpu"], check=True, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
-    except (OSError, subprocess.CalledProcessError):
-        return {}
-    return dict(line.split(":", 1) for line in text.stdout.splitlines() if ":" in line)
+    """What lscpu knows: name, cores, caches, clocks."""
+    lines = (_output(["lscpu"]) or "").splitlines()
+    return dict(line.split(":", 1) for line in lines if ":" in line)
 
 
 def _bytes(text: str) -> int:
@@ -47,6 +53,17 @@ def cache_bytes(device: str) -> int:
         return torch.cuda.get_device_properties(0).L2_cache_size
     cpu = _cpu()
     return max(_bytes(cpu.get(name, "")) for name in ("L3 cache", "L2 cache")) or 32 << 20
+
+
+def clocks(device: str) -> dict[str, float | None]:
+    """Megahertz as the run begins, of the median core, and at most, as far as the device tells."""
+    if device == "cuda":
+        query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm", "--format=csv,noheader,nounits"]
+        now, most = ([*re.findall(r"[\d.]+", _output(query) or ""), None, None])[:2]
+    else:
+        found = re.findall(r"cpu MHz\s*:\s*([\d.]+)", _output(["cat", "/proc/cpuinfo"]) or "")
+        now, most = statistics.median(map(float, found)) if found else None, _cpu().get("CPU max MHz")
+    return {name: None if mhz is None else float(mhz) for name, mhz in (("now", now), ("most", most))}
 
 
 def device_name(device: str) -> str:
@@ -72,6 +89,7 @@ def environment(device: str) -> dict[str, Any]:
         "commit": _git("rev-parse", "--short", "HEAD"),
         "uncommitted_changes": None if status is None else bool(status),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "clocks_mhz": clocks(device),
         "last_level_cache_bytes": cache_bytes(device),
         "kx_kernels": kx.__version__,
         "executable": f"{platform.python_implementation()} {sys.version.split()[0]}",

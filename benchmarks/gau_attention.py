@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 import kx_kernels as kx
 from kx_kernels.ops.gau_attention import api
 from kx_kernels.ops.gau_attention.reference import gau_attention as reference
+from kx_kernels.ops.mixed_chunk_attention.reference import mixed_chunk_attention as mixed_reference
 
 from . import contest
 from .contest import Contender, Function, Missing, imported, on, speedup
@@ -63,6 +65,10 @@ class Case:
         keys = self.past or self.length
         flops = 2 * self.batch * self.length * keys * (deep * KEY_DIM + wide * VALUE_DIM)
         return flops // 2 if self.causal and not self.past else flops
+
+    @property
+    def flops(self) -> int:
+        return self.work
 
 
 BASE = Case("float32, causal", torch.float32, 1, 4096, True)
@@ -131,6 +137,19 @@ class Inputs:
         self.leaves = (q, k, v, random(case.length, VALUE_DIM))
         self.grads = (random(case.length, VALUE_DIM),)
 
+    @functools.cached_property
+    def exact(self) -> Tensor:
+        """In float64; of the first queries where there are many."""
+        wide, causal = tuple(y.double() for y in self.leaves), self.case.causal
+        if self.case.module:
+            inputs = Inputs(replace(self.case, dtype=torch.float64), self.leaves[0].device.type)
+            with kx.backend("reference"):
+                return _modules(theirs=False)(inputs)(*wide)
+        q, k, v, gate = wide
+        if causal and self.case.length > EXACT:
+            k, v = k[:, :EXACT], v[:, :EXACT]
+        return reference(q[:, :EXACT], k, v, gate[:, :EXACT], causal=causal)
+
 
 def _ours(backend: str) -> Callable[[Inputs], Function]:
     def prepare(x: Inputs) -> Function:
@@ -195,6 +214,18 @@ def _mixed(x: Inputs) -> Function:
     return lambda q, k, v, gate: kx.mixed_chunk_attention(q, k, q, k, v, gate, causal=x.case.causal)
 
 
+def _softmax_exact(x: Inputs) -> Tensor:
+    q, k, v, gate = x.leaves
+    o = contest.softmax(q, k, v, x.case.causal and not x.case.past)
+    return gate[:, : o.shape[1]].double() * o
+
+
+def _mixed_exact(x: Inputs) -> Tensor:
+    """Of the first sequence alone, whose last chunks see as much as any."""
+    q, k, v, gate = (y[:1].double() for y in x.leaves)
+    return mixed_reference(q, k, q, k, v, gate, causal=x.case.causal)
+
+
 def _flex(x: Inputs) -> Function:
     """FlexAttention with log(f + 1) for a score, undone by its sums: exact on paper."""
     if x.case.what == "both" or x.case.length > EXACT or x.case.past:
@@ -246,14 +277,14 @@ CONTENDERS = [
     *(Contender(f"kx {backend}", "ours", _ours(backend)) for backend in ("cuda", "triton", "cpu", "reference")),
     Contender("torch eager", "torch", _eager),
     Contender("torch.compile", "torch", _compiled),
-    Contender("softmax attention (SDPA)", "other", _softmax),
+    Contender("softmax attention (SDPA)", "other", _softmax, exact=_softmax_exact),
     Contender("FlexAttention, log(f + 1)", "torch", _flex),
-    Contender(MIXED, "other", _mixed),
+    Contender(MIXED, "other", _mixed, exact=_mixed_exact),
 ]
 LAYERS = [
     Contender("kx compat.flash_pytorch", "ours", _modules(theirs=False)),
-    Contender("FLASH-pytorch", "peer", _modules(theirs=True)),
-    Contender("FLASH-pytorch, torch.compile", "peer", _compiled_module),
+    Contender("FLASH-pytorch", "peer", _modules(theirs=True), "FLASH-pytorch"),
+    Contender("FLASH-pytorch, torch.compile", "peer", _compiled_module, "FLASH-pytorch"),
 ]
 OURS = ("kx cuda", "kx triton")  # on a GPU
 LIMIT = "torch's matrix products"
@@ -262,33 +293,17 @@ HOST_GRADIENTS = False
 PACKAGES = ("FLASH-pytorch",)
 
 
+def contenders(case: Case) -> list[Contender]:
+    return LAYERS if case.module else CONTENDERS
+
+
 def versions() -> dict[str, str | None]:
     return contest.versions(PACKAGES)
 
 
 def error(function: Function, x: Inputs) -> float:
-    """The largest difference from float64 over the largest value, of the first queries where there are many."""
-    if x.case.module:
-        with torch.no_grad(), kx.backend("reference"):
-            y = function(*x.leaves).double()
-            wide = Inputs(replace(x.case, dtype=torch.float64), x.leaves[0].device.type)
-            wide.leaves = tuple(leaf.double() for leaf in x.leaves)
-            exact = _modules(theirs=False)(wide)(*wide.leaves)
-        return (y - exact).abs().max().item() / exact.abs().max().item()
-    q, k, v, gate = (y.double() for y in x.leaves)
-    causal, out = x.case.causal, function(*x.leaves)
-    if x.case.length > EXACT:
-        q, gate, out = q[:, :EXACT], gate[:, :EXACT], out[:, :EXACT]
-        if causal:
-            k, v = k[:, :EXACT], v[:, :EXACT]
-    exact = reference(q, k, v, gate, causal=causal)
-    return (out.double() - exact).abs().max().item() / exact.abs().max().item()
-
-
-def calls(
-    case: Case, sets: list[Inputs], contenders: Sequence[Contender] | None = None
-) -> Iterator[tuple[Contender, Callable[[int], object] | str]]:
-    return contest.calls(sets, contenders or (LAYERS if case.module else CONTENDERS), error)
+    """The largest difference from what is exact, over the largest value."""
+    return contest.off(function(*x.leaves), x.exact)
 
 
 def limit(sets: list[Inputs]) -> Callable[[int], object]:
@@ -349,7 +364,7 @@ def extras() -> dict[str, Any]:
 def _megabytes(results: dict[str, Any]) -> Measured | None:
     """What the CPU kernel holds at most beside its inputs and its result."""
     for row in results["memory"]:
-        if row["contender"] == "kx cpu":
+        if row["contender"] == "kx cpu" and "peak" in row:
             out = BASE.batch * BASE.length * VALUE_DIM * BASE.dtype.itemsize
             return ((row["peak"] - out) / 1e6,) * 3
     return None

@@ -5,8 +5,11 @@ Su's counts are about encoders: nothing here is causal but decoding. Head dimens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kx_kernels as kx
 
-from . import measure
+from . import contest, measure
+from .environment import cache_bytes
 from .gau_attention import eager_scores
 
 HEAD_DIM = 64
@@ -28,6 +32,11 @@ LANDMARKS = (32, 64, 128, 256)
 FEATURES = 256  # of Performer: four times the head dimension
 LENGTHS = {"small": (256, 512, 1024, 2048, 4096), "base": (128, 256, 512, 1024, 2048, 4096, 8192)}
 LENGTHS["large"] = (512, 1024, 2048, 4096, 8192)
+QUICK = {"small": (256, 1024, 4096), "base": (128, 512, 2048)}
+COMPILED = (512, 2048)  # of whole layers by torch.compile, each of which takes its time
+SETS = 4  # of inputs, taken in turn
+OURS = ("linear attention, state", "linear attention, state, batch 1", "RoPE, ours")  # of what is not a part
+CHECKED = 512  # tokens of which results are compared with the definition's
 SHORT = (32, 64)  # of mixing alone, where linear attention should begin to win
 MOST_BYTES = 4e9  # of scores that are kept: beyond, a row says that there is no room
 
@@ -55,15 +64,22 @@ def linear_ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-def performer_ours() -> Mix:
-    features = kx.nn.FavorFeatures(HEAD_DIM, FEATURES)
+class Performer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = kx.nn.FavorFeatures(HEAD_DIM, FEATURES)
 
-    def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = kx.linear_attention(q, k, v, causal=False, feature_map=features)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = (self.features(x).transpose(1, 2) for x in (q, k))
+        q, k = (q - q.amax(-1, keepdim=True)).exp(), (k - k.amax((-2, -1), keepdim=True)).exp()
+        return (q @ (k.mT @ v.transpose(1, 2)) / (q @ k.sum(2)[..., None])).transpose(1, 2)
+
+
+class PerformerOurs(Performer):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = kx.linear_attention(q, k, v, causal=False, feature_map=self.features)
         assert isinstance(out, Tensor)
         return out
-
-    return mix
 
 
 def nystrom(landmarks: int) -> Mix:
@@ -98,12 +114,13 @@ def gau_ours(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     return kx.gau_attention(q, k, v, gate)
 
 
-def mixed(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
-    """FLASH's sum within chunks and over all."""
-    n, (q, k, v, gate) = q.shape[1], (x[:, :, 0] for x in (q, k, v, gate))
+def mixed(*rows: Tensor) -> Tensor:
+    """FLASH's sum within chunks and over all; of two heads, or four, and values and gate."""
+    *heads, v, gate = (x[:, :, 0] for x in rows)
+    q, k, lin_q, lin_k, n = *heads[:2], *heads[-2:], v.shape[1]
     chunks = [x.unflatten(1, (-1, min(CHUNK, n))) for x in (q, k, v)]
     near = eager_scores(chunks[0], chunks[1]) @ chunks[2] / chunks[1].shape[2]
-    return (gate * (near.flatten(1, 2) + q @ (k.mT @ v) / n))[:, :, None]
+    return (gate * (near.flatten(1, 2) + lin_q @ (lin_k.mT @ v) / n))[:, :, None]
 
 
 def causal_states(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -128,35 +145,38 @@ def mixed_causal(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """The four projections and what is between them."""
+    """The projections and what is between them, with heads of `dims`."""
 
-    def __init__(self, width: int, mix: Mix | None) -> None:
+    def __init__(self, width: int, mix: Mix | None, dims: tuple[int, int] = (HEAD_DIM, HEAD_DIM)) -> None:
         super().__init__()
-        self.inputs = nn.Linear(width, 3 * width)
-        self.output = nn.Linear(width, width)
+        self.dims, heads = dims, width // HEAD_DIM
+        self.widths = (heads * dims[0], heads * dims[0], heads * dims[1])
+        self.inputs = nn.Linear(width, sum(self.widths))
+        self.output = nn.Linear(heads * dims[1], width)
         self.mix = mix
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (y.unflatten(-1, (-1, HEAD_DIM)) for y in self.inputs(x).chunk(3, -1))
+        q, k, v = self.inputs(x).split(self.widths, -1)
+        q, k, v = (y.unflatten(-1, (-1, d)) for y, d in ((q, self.dims[0]), (k, self.dims[0]), (v, self.dims[1])))
         return self.output((v if self.mix is None else self.mix(q, k, v)).flatten(-2))
 
 
 class Gated(nn.Module):
-    """Su's gated attention unit, or FLASH's, in eager torch."""
+    """Su's gated attention unit, or FLASH's of four heads, in eager torch, with the parameters of ours."""
 
-    def __init__(self, width: int, mix: Mix) -> None:
+    def __init__(self, width: int, mix: Mix, heads: int = 2) -> None:
         super().__init__()
         self.widths = (2 * width, 2 * width, KEY_DIM)
-        self.inputs = nn.Linear(width, sum(self.widths))
-        self.output = nn.Linear(2 * width, width)
-        self.gamma = nn.Parameter(torch.ones(2, KEY_DIM))
-        self.beta = nn.Parameter(torch.zeros(2, KEY_DIM))
+        self.in_proj = nn.Linear(width, sum(self.widths))
+        self.out_proj = nn.Linear(2 * width, width)
+        self.gamma = nn.Parameter(torch.ones(heads, KEY_DIM))
+        self.beta = nn.Parameter(torch.zeros(heads, KEY_DIM))
         self.mix = mix
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, v, z = F.silu(self.inputs(x)).split(self.widths, -1)
-        q, k = (z[..., None, :] * self.gamma + self.beta).unbind(-2)
-        return self.output(self.mix(*(y[:, :, None] for y in (q, k, v, gate)))[:, :, 0])
+        gate, v, z = F.silu(self.in_proj(x)).split(self.widths, -1)
+        heads = (z[..., None, :] * self.gamma + self.beta).unbind(-2)
+        return self.out_proj(self.mix(*(y[:, :, None] for y in (*heads, v, gate)))[:, :, 0])
 
 
 def feed_forward(width: int) -> nn.Module:
@@ -168,7 +188,7 @@ class Part:
     """Something to time. `level`: "mixing" alone, on heads of `dims`; or "layer", on rows as wide as the model."""
 
     name: str
-    by: str  # "eager", "torch.compile", or "ours"
+    by: str  # "eager", "fused", "torch.compile", "every state", or "ours"
     level: str
     build: Callable[[int], Callable[..., Tensor]]  # given the width of the model
     dims: tuple[int, int] = (HEAD_DIM, HEAD_DIM)  # of queries and keys, of values; mixing
@@ -176,15 +196,32 @@ class Part:
     kept: int = 0  # numbers per pair of tokens, or of a token and a dimension, that the forward pass holds
     multiple: int = 1  # of which a length has to be
 
-    def inputs(self, width: int, length: int, device: str, gradient: bool) -> list[Tensor]:
+    @property
+    def usual(self) -> bool:
+        """Of the sizes that come first, and not compiled."""
+        return self.by != "torch.compile" and (
+            self.level == "mixing" or not re.search(r"4d|m = (32|128|256)", self.name)
+        )
+
+    def made(self, width: int, device: str) -> tuple[Callable[..., Tensor], list[Tensor]]:
+        """The function and its weights."""
+        with torch.device("meta" if device == "meta" else "cpu"):
+            function = self.build(width)
+        if not isinstance(function, nn.Module):
+            return function, []
+        return function.to(device), list(function.parameters())
+
+    def shapes(self, width: int, length: int) -> list[tuple[int, ...]]:
+        """Of its inputs, the last of which is as large as its output."""
         if self.level == "layer":
-            shapes = [(1, length, width)]
-        elif self.gated:
-            shapes = [(1, length, 1, d) for d in (KEY_DIM, KEY_DIM, 2 * width, 2 * width)]
-        else:
-            shapes = [(1, length, width // HEAD_DIM, d) for d in (self.dims[0], self.dims[0], self.dims[1])]
-        generator = torch.Generator().manual_seed(length)
-        made = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+            return [(1, length, width)]
+        if self.gated:
+            return [(1, length, 1, d) for d in (KEY_DIM, KEY_DIM, 2 * width, 2 * width)]
+        return [(1, length, width // HEAD_DIM, d) for d in (self.dims[0], self.dims[0], self.dims[1])]
+
+    def inputs(self, width: int, length: int, device: str, gradient: bool = False, seed: int = 0) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(SETS * length + seed)
+        made = [torch.randn(shape, generator=generator).to(device) for shape in self.shapes(width, length)]
         return [x.requires_grad_(gradient) for x in made]
 
     def missing(self, width: int, length: int, what: str) -> str | None:
@@ -196,24 +233,30 @@ class Part:
         return f"its eager form takes multiples of {self.multiple} tokens" if length % self.multiple else None
 
 
-def _attention(mix: Mix | None) -> Callable[[int], nn.Module]:
-    return lambda width: Attention(width, mix)
+def _attention(mix: Mix | None, dims: tuple[int, int] = (HEAD_DIM, HEAD_DIM)) -> Callable[[int], nn.Module]:
+    return lambda width: Attention(width, mix, dims)
 
 
 def _twice(build: Callable[[int], nn.Module]) -> Callable[[int], nn.Module]:
     return lambda width: nn.Sequential(build(width), build(width))
 
 
+def _compiled(build: Callable[[int], nn.Module]) -> Callable[[int], Any]:
+    return lambda width: torch.compile(build(width), dynamic=False)
+
+
 def parts() -> Iterator[Part]:
+    wider = {"keys and values 4d": (4 * HEAD_DIM, 4 * HEAD_DIM), "keys 4d": (4 * HEAD_DIM, HEAD_DIM)}
+    by_dims = {"linear attention": (HEAD_DIM, HEAD_DIM)} | {f"linear attention, {n}": d for n, d in wider.items()}
+    two_units = _twice(lambda width: Gated(width, gau))
+
     yield Part("attention", "eager", "mixing", lambda _: materialised, kept=1)
     yield Part("attention", "fused", "mixing", lambda _: fused)
-    for name, dims in (
-        ("linear attention", (HEAD_DIM, HEAD_DIM)),
-        ("linear attention, keys and values 4d", (4 * HEAD_DIM, 4 * HEAD_DIM)),
-        ("linear attention, keys 4d", (4 * HEAD_DIM, HEAD_DIM)),
-    ):
+    for name, dims in by_dims.items():
         yield Part(name, "eager", "mixing", lambda _: linear, dims)
         yield Part(name, "ours", "mixing", lambda _: linear_ours, dims)
+    yield Part("Performer", "eager", "mixing", lambda _: Performer())
+    yield Part("Performer", "ours", "mixing", lambda _: PerformerOurs())
     for m in LANDMARKS:
         yield Part(f"Nyström, m = {m}", "eager", "mixing", lambda _, m=m: nystrom(m), multiple=m)
         yield Part(f"Nyström, m = {m}", "ours", "mixing", lambda _, m=m: nystrom_ours(m))
@@ -228,65 +271,143 @@ def parts() -> Iterator[Part]:
 
     yield Part("projections", "eager", "layer", _attention(None))
     yield Part("feed-forward", "eager", "layer", feed_forward)
+    yield Part("feed-forward", "torch.compile", "layer", _compiled(feed_forward))
     yield Part("attention", "eager", "layer", _attention(materialised), kept=1)
+    yield Part("attention", "torch.compile", "layer", _compiled(_attention(materialised)), kept=1)
     yield Part("attention", "fused", "layer", _attention(fused))
-    yield Part("linear attention", "eager", "layer", _attention(linear))
-    yield Part("linear attention", "ours", "layer", _attention(linear_ours))
-    yield Part("Performer", "ours", "layer", lambda width: Attention(width, performer_ours()))
-    yield Part("Nyström, m = 64", "eager", "layer", _attention(nystrom(64)), multiple=64)
-    yield Part("Nyström, m = 64", "ours", "layer", _attention(nystrom_ours(64)))
-    yield Part("GAU × 2", "eager", "layer", _twice(lambda width: Gated(width, gau)), gated=True, kept=2)
+    for name, dims in by_dims.items():
+        yield Part(name, "eager", "layer", _attention(linear, dims))
+        yield Part(name, "ours", "layer", _attention(linear_ours, dims))
+    yield Part("Performer", "eager", "layer", lambda width: Attention(width, Performer()))
+    yield Part("Performer", "ours", "layer", lambda width: Attention(width, PerformerOurs()))
+    for m in LANDMARKS:
+        yield Part(f"Nyström, m = {m}", "eager", "layer", _attention(nystrom(m)), multiple=m)
+        yield Part(f"Nyström, m = {m}", "ours", "layer", _attention(nystrom_ours(m)))
+    yield Part("GAU × 2", "eager", "layer", two_units, gated=True, kept=2)
+    yield Part("GAU × 2", "torch.compile", "layer", _compiled(two_units), gated=True, kept=2)
     yield Part("GAU × 2", "ours", "layer", _twice(kx.nn.GatedAttentionUnit), gated=True)
-    yield Part("FLASH × 2", "eager", "layer", _twice(lambda width: Gated(width, mixed)), multiple=128)
+    yield Part("FLASH × 2", "eager", "layer", _twice(lambda width: Gated(width, mixed, 4)), multiple=128)
     yield Part("FLASH × 2", "ours", "layer", _twice(lambda width: kx.nn.FLASH(width, chunk_size=CHUNK)))
 
 
+def timed(level: str, width: int, length: int, what: str, quick: bool) -> list[Part]:
+    """The parts that are timed there: those of the sizes that come first where each takes its time."""
+    found = [p for p in parts() if p.level == level]
+    if quick or what == "both" or length > 4096 or width != WIDTHS["base"]:
+        found = [p for p in found if p.usual]
+    if width != WIDTHS["base"]:
+        found = [p for p in found if p.name in ("attention", "feed-forward", "projections")]
+    return [p for p in found if p.by != "torch.compile" or length in COMPILED]
+
+
+def find(level: str, name: str, by: str) -> Part | None:
+    return next((p for p in parts() if (p.level, p.name, p.by) == (level, name, by)), None)
+
+
+@functools.cache
+def error(level: str, name: str, by: str, width: int, device: str) -> float:
+    """How far the result of a part is from its definition's, over the largest value.
+
+    The definition is the reference, with the same weights; of attention, the formula. What torch alone defines is not
+    wrong.
+    """
+    part, definition = find(level, name, by), find(level, name, "eager" if name == "attention" else "ours")
+    if part is None or definition is None:
+        return 0.0
+    function, exact = (p.made(width, device)[0] for p in (part, definition))
+    if isinstance(function, nn.Module) and isinstance(exact, nn.Module):
+        exact.load_state_dict(function.state_dict())
+    inputs = part.inputs(width, CHECKED, device)
+    with torch.no_grad():
+        out = function(*inputs)
+        with kx.backend("reference"):
+            return contest.off(out, exact(*inputs).double())
+
+
 def call(part: Part, width: int, length: int, what: str, device: str) -> Callable[[int], object]:
-    """One pass; `what`: "forward" or "both"."""
-    function = part.build(width)
-    weights: list[Tensor] = []
-    if isinstance(function, nn.Module):
-        function = function.to(device)
-        weights = list(function.parameters())
-    inputs = part.inputs(width, length, device, what == "both")
+    """One pass; `what`: "forward" or "both". Missing, if its result is wrong."""
+    function, weights = part.made(width, device)
+    size = 4 * sum(map(math.prod, part.shapes(width, length)))
+    count = max(1, min(SETS, math.ceil(4 * cache_bytes(device) / size)))
+    sets = [part.inputs(width, length, device, what == "both", seed) for seed in range(count)]
+    if part.by == "torch.compile":
+        with torch.no_grad():
+            off = contest.off(function(*sets[0]), function._orig_mod(*sets[0]).double())  # type: ignore[attr-defined]
+    else:
+        off = error(part.level, part.name, part.by, width, device)
+    if why := contest.wrong(off):
+        raise contest.Missing(why)
     if what == "forward":
 
-        def forward(_: int) -> object:
+        def forward(turn: int) -> object:
             with torch.no_grad():
-                return function(*inputs)
+                return function(*sets[turn % count])
 
         return forward
     with torch.no_grad():
-        grad = torch.randn_like(function(*inputs))
-    return lambda _: torch.autograd.grad(function(*inputs), [*inputs, *weights], grad)
+        grad = torch.randn_like(function(*sets[0]))
+
+    def both(turn: int) -> object:
+        inputs = sets[turn % count]
+        return torch.autograd.grad(function(*inputs), [*inputs, *weights], grad)
+
+    return both
 
 
 def counted(part: Part, width: int, length: int) -> int:
     """Floating-point operations of the products of an eager forward pass, by torch's counter."""
-    with torch.device("meta"):
-        function = part.build(width)
-        inputs = [x.detach() for x in part.inputs(width, length, "meta", False)]
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            function(*inputs)
+    function, _ = part.made(width, "meta")
+    inputs = [torch.empty(shape, device="meta") for shape in part.shapes(width, length)]
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        function(*inputs)
     return counter.get_total_flops()
 
 
+def work(part: Part, width: int, length: int, what: str) -> dict[str, Any]:
+    """The products of the eager form, and bytes of inputs, weights and output once each; thrice with gradients.
+
+    Nothing where there is no eager form, or where ours has less to do: landmarks as many as tokens are exact attention.
+    """
+    eager = find(part.level, part.name, "eager")
+    if eager is None or length % eager.multiple or length == eager.multiple:
+        return {}
+    shapes, weights = part.shapes(width, length), eager.made(width, "meta")[1]
+    values = sum(math.prod(s) for s in (*shapes, shapes[-1], *(w.shape for w in weights)))
+    passes = 3 if what == "both" else 1
+    return {"flops": passes * counted(eager, width, length), "bytes": passes * 4 * values, "dtype": "float32"}
+
+
+def version(by: str) -> str:
+    return f"kx_kernels {kx.__version__}" if by == "ours" else f"torch {torch.__version__}"
+
+
+def _row(part: Part, width: int, length: int) -> dict[str, Any]:
+    row = {"name": part.name, "by": part.by, "level": part.level, "width": width, "length": length}
+    return row | {"version": version(part.by)}
+
+
 def times(
-    chosen: Sequence[Part], width: int, length: int, what: str, device: str, seconds: float
+    chosen: Sequence[Part], width: int, length: int, what: str, device: str, seconds: float, least: int = 5
 ) -> list[dict[str, Any]]:
     """One row per part, in seconds per call, or why there is none; all take turns."""
-    calls, found = {}, []
+    calls: dict[str, Callable[[int], object]] = {}
+    found: list[dict[str, Any]] = []
     for part in chosen:
-        row = {"name": part.name, "by": part.by, "level": part.level, "width": width, "length": length, "what": what}
         why = part.missing(width, length, what)
         if why is None:
             try:
-                calls[len(found)] = call(part, width, length, what, device)
-            except (RuntimeError, MemoryError) as error:  # no room for it: the others go on
-                why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                calls[str(len(found))] = call(part, width, length, what, device)
+            except contest.Missing as missing:
+                why = str(missing)
+            except Exception as failure:  # no room for it: the others go on
+                why = measure.reason(failure)
+        row = _row(part, width, length) | {"what": what} | work(part, width, length, what)
         found.append(row | ({"reason": why} if why else {}))
-    for at, rounds in measure.rounds({str(i): c for i, c in calls.items()}, device, seconds, least=5).items():
-        found[int(at)] |= {"times": rounds, "seconds": asdict(measure.Spread.of(rounds))}
+    rounds, failed = measure.rounds(calls, device, seconds, least)
+    for at, mine in rounds.items():
+        found[int(at)] |= measure.numbers(mine)
+    for at, why in failed.items():
+        found[int(at)]["reason"] = why
     return found
 
 
@@ -294,22 +415,34 @@ def memory(chosen: Sequence[Part], width: int, length: int, device: str) -> list
     """Bytes beyond inputs and weights: at most during a forward pass, and kept for the backward pass."""
     found = []
     for part in chosen:
-        row = {"name": part.name, "by": part.by, "level": part.level, "width": width, "length": length}
-        why = part.missing(width, length, "both")
-        if why is not None:
-            found.append(row | {"reason": why})
-            continue
-        function = part.build(width)
-        weights = list(function.parameters()) if isinstance(function, nn.Module) else []
-        inputs = part.inputs(width, length, device, True)
-
-        def forward(function: Any = function, inputs: Any = inputs) -> object:
-            return function(*inputs)
-
-        with torch.no_grad():
-            peak = measure.peak_bytes(forward, device)
-        found.append(row | {"peak": peak, "saved": measure.saved_bytes(forward, [*inputs, *weights])})
+        row, why = _row(part, width, length), part.missing(width, length, "both")
+        try:
+            found.append(row | ({"reason": why} if why else _held(part, width, length, device)))
+        except Exception as failure:
+            found.append(row | {"reason": measure.reason(failure)})
     return found
+
+
+def _held(part: Part, width: int, length: int, device: str) -> dict[str, int]:
+    function, weights = part.made(width, device)
+    inputs = part.inputs(width, length, device, gradient=True)
+    with torch.no_grad():
+        peak = measure.peak_bytes(lambda: function(*inputs), device)
+    return {"peak": peak, "saved": measure.saved_bytes(lambda: function(*inputs), [*inputs, *weights])}
+
+
+def _named(
+    calls: Mapping[str, Callable[[int], object]], errors: Mapping[str, float], device: str, seconds: float
+) -> list[dict[str, Any]]:
+    """A row for each call, of those whose result is right with times."""
+    reasons = {name: why for name in calls if (why := contest.wrong(errors[name]))}
+    rounds, failed = measure.rounds({n: c for n, c in calls.items() if n not in reasons}, device, seconds)
+    reasons |= failed
+    return [
+        {"name": name, "version": version("ours" if name in OURS else "")}
+        | ({"reason": reasons[name]} if name in reasons else measure.numbers(rounds[name]))
+        for name in calls
+    ]
 
 
 def decoding(length: int, device: str, seconds: float) -> list[dict[str, Any]]:
@@ -325,22 +458,21 @@ def _decoding(batch: int, suffix: str, length: int, device: str, seconds: float)
     z = length * torch.rand(batch, heads, HEAD_DIM, device=device)
 
     @torch.no_grad()
-    def cached(_: int) -> object:
+    def cached(_: int) -> Tensor:
         keys[:, -1:], values[:, -1:] = k, v
         return fused(q, keys, values)
 
     @torch.no_grad()
-    def recurrent(_: int) -> object:
+    def recurrent(_: int) -> Tensor:
         return kx.linear_attention_step(q, k, v, (kv, z))
 
-    calls = {"attention, cache of keys and values": cached, "linear attention, state": recurrent}
-    held = {"attention, cache of keys and values": keys.nbytes + values.nbytes}
-    held["linear attention, state"] = kv.nbytes + z.nbytes
-    return [
-        {"name": name + suffix, "length": length, "bytes": held[name]}
-        | {"times": t, "seconds": asdict(measure.Spread.of(t))}
-        for name, t in measure.rounds(calls, device, seconds).items()
-    ]
+    expected = kx.linear_attention_step(q, k, v, (kv.clone(), z.clone()), backend="reference").double()
+    attention, state = f"attention, cache of keys and values{suffix}", f"linear attention, state{suffix}"
+    errors = {state: contest.off(recurrent(0), expected)}
+    errors[attention] = contest.off(cached(0), contest.softmax(q, keys, values))
+    held = {attention: keys.nbytes + values.nbytes, state: kv.nbytes + z.nbytes}
+    rows = _named({attention: cached, state: recurrent}, errors, device, seconds)
+    return [row | {"length": length, "bytes": held[row["name"]]} for row in rows]
 
 
 def rotary(device: str, seconds: float) -> list[dict[str, Any]]:
@@ -360,11 +492,11 @@ def rotary(device: str, seconds: float) -> list[dict[str, Any]]:
         a, b = x.chunk(2, -1)
         return x * wide_cos + torch.cat((-b, a), -1) * wide_sin
 
-    def eager() -> object:
+    def eager() -> tuple[Tensor, Tensor]:
         return turned(q), turned(k)
 
     compiled = torch.compile(eager, dynamic=False)
-    calls: dict[str, Callable[[int], object]] = {
+    calls: dict[str, Callable[[int], Any]] = {
         "a copy": lambda _: (q.clone(), k.clone()),
         "an embedding added": lambda _: (q + added, k + added),
         "RoPE, eager": lambda _: eager(),
@@ -372,8 +504,8 @@ def rotary(device: str, seconds: float) -> list[dict[str, Any]]:
         "RoPE, ours": lambda _: kx.rope(q, k, cos, sin, interleaved=False),
         "RoPE, as matrices": lambda _: [torch.einsum("nij,bnhj->bnhi", angle, x) for x in (q, k)],
     }
+    expected = kx.rope(q.double(), k.double(), cos, sin, interleaved=False, backend="reference")
+    errors = {name: max(map(contest.off, f(0), expected)) for name, f in calls.items() if "RoPE" in name}
     moved = 2 * (q.nbytes + k.nbytes)  # read and written once
-    return [
-        {"name": name, "bytes": moved, "times": t, "seconds": asdict(measure.Spread.of(t))}
-        for name, t in measure.rounds(calls, device, seconds).items()
-    ]
+    rows = _named(calls, {"a copy": 0.0, "an embedding added": 0.0} | errors, device, seconds)
+    return [row | {"bytes": moved} for row in rows]

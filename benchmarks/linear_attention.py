@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,6 +52,12 @@ class Case:
         return TENSORS[self.what] * rows
 
     @property
+    def flops(self) -> int:
+        """Of the recurrent form: a state's update by a key, and a query's product with it; twice that backward."""
+        forward = 4 * self.batch * self.length * self.heads * self.head_dim**2
+        return forward * {"forward": 1, "backward": 2, "both": 3}[self.what]
+
+    @property
     def work(self) -> int:
         return self.bytes_moved
 
@@ -88,6 +95,12 @@ def sweep(device: str) -> list[Case]:
     return [replace(base, name=f"T = {1 << n}", length=1 << n) for n in range(8, 17)]
 
 
+def shared(device: str) -> list[Case]:
+    """The same number of tokens in longer and fewer sequences."""
+    base, tokens = (replace(BASE, heads=2), 14) if device == "cpu" else (LARGE, 16)
+    return [replace(base, name=f"T = {1 << n}", batch=1 << tokens - n, length=1 << n) for n in range(8, tokens + 1, 2)]
+
+
 class Inputs:
     """One set of buffers of a case."""
 
@@ -107,6 +120,14 @@ class Inputs:
         if case.past:
             self.kv = torch.rand(case.batch, case.heads, case.head_dim, case.head_dim, device=device)
             self.z = case.past * torch.rand(case.batch, case.heads, case.head_dim, device=device)
+
+    @functools.cached_property
+    def exact(self) -> Tensor:
+        """In float64: by the reference, or if long by the chunked form."""
+        wide, normalize = [y.double() for y in self.leaves], self.case.normalize
+        if self.case.past:
+            return reference(*wide, initial_state=(self.kv.double(), self.z.double()), return_state=True)[0]
+        return (reference if self.case.length <= 512 else chunked)(*wide, normalize=normalize)
 
 
 def _ours(backend: str) -> Callable[[Inputs], Function]:
@@ -191,6 +212,13 @@ def _softmax(x: Inputs) -> Function:
     return attend
 
 
+def _softmax_exact(x: Inputs) -> Tensor:
+    q, k, v = x.leaves
+    if x.case.past:
+        k, v = (torch.cat((past, new), 1) for past, new in zip(x.past, (k, v), strict=True))
+    return contest.softmax(q, k, v, causal=not x.case.past)
+
+
 def _compiled(prepare: Callable[[Inputs], Function]) -> Callable[[Inputs], Function]:
     return lambda x: torch.compile(prepare(x), dynamic=False)
 
@@ -236,10 +264,10 @@ CONTENDERS = [
     Contender("chunked, torch.compile", "torch", _compiled(_chunked)),
     Contender("quadratic, torch eager", "torch", _quadratic),
     Contender("quadratic, torch.compile", "torch", _compiled(_quadratic)),
-    Contender("softmax attention (SDPA)", "other", _softmax),
-    Contender("flash-linear-attention", "peer", _fla),
-    Contender("fast-transformers", "peer", _fast_transformers),
-    Contender("performer-pytorch", "peer", _performer),
+    Contender("softmax attention (SDPA)", "other", _softmax, exact=_softmax_exact),
+    Contender("flash-linear-attention", "peer", _fla, "flash-linear-attention"),
+    Contender("fast-transformers", "peer", _fast_transformers, "pytorch-fast-transformers"),
+    Contender("performer-pytorch", "peer", _performer, "performer-pytorch"),
 ]
 OURS = ("kx cuda", "kx triton")  # on a GPU
 LIMIT = "dst.copy_(src)"
@@ -248,33 +276,26 @@ HOST_GRADIENTS = False  # a step has none
 PACKAGES = ("flash-linear-attention", "pytorch-fast-transformers", "performer-pytorch")
 
 
+def contenders(case: Case) -> list[Contender]:
+    return CONTENDERS
+
+
 def versions() -> dict[str, str | None]:
     return contest.versions(PACKAGES)
 
 
 def error(function: Function, x: Inputs) -> float:
-    """The largest difference from float64 over the largest value: from the reference, or if long from the chunked form.
+    """The largest difference from what is exact, over the largest value.
 
     A step changes the state it starts from, so it is given a copy.
     """
-    wide = [y.double() for y in x.leaves]
-    if x.case.past:
-        kv, z = x.kv, x.z
-        exact, *_ = reference(*wide, initial_state=(kv.double(), z.double()), return_state=True)
-        x.kv, x.z = kv.clone(), z.clone()
-        out = function(*x.leaves)
-        x.kv, x.z = kv, z
-    elif x.case.length <= 512:
-        exact, out = reference(*wide, normalize=x.case.normalize), function(*x.leaves)
-    else:
-        exact, out = chunked(*wide, x.case.normalize), function(*x.leaves)
-    return (out.double() - exact).abs().max().item() / exact.abs().max().item()
-
-
-def calls(
-    case: Case, sets: list[Inputs], contenders: Sequence[Contender] = CONTENDERS
-) -> Iterator[tuple[Contender, Callable[[int], object] | str]]:
-    return contest.calls(sets, contenders, error)
+    if not x.case.past:
+        return contest.off(function(*x.leaves), x.exact)
+    kv, z = x.kv, x.z
+    x.kv, x.z = kv.clone(), z.clone()
+    out = function(*x.leaves)
+    x.kv, x.z = kv, z
+    return contest.off(out, x.exact)
 
 
 def limit(sets: list[Inputs]) -> Callable[[int], object]:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
+import math
 import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+PRECISION = 0.02  # relative error of a median that is enough
 Call = Callable[[int], object]  # given the number of a turn, so that it can take another set of buffers each time
 
 
@@ -60,32 +63,96 @@ class _CudaClock:
         return statistics.median(begin.elapsed_time(end) for begin, end in pairs) / 1e3
 
 
+def reason(error: BaseException) -> str:
+    """Its kind and its first line."""
+    return " ".join([type(error).__name__ + ":", *str(error).splitlines()[:1]])
+
+
+def precision(times: Sequence[float]) -> float:
+    """How well the median is known: the distance of the quartiles over √n, relative to it."""
+    spread = Spread.of(times)
+    return (spread.high - spread.low) / spread.median / len(times) ** 0.5
+
+
+def numbers(times: Sequence[float]) -> dict[str, Any]:
+    """What a row says of its rounds."""
+    return {"seconds": asdict(Spread.of(times)), "precision": precision(times), "times": times}
+
+
 def rounds(
-    contenders: Mapping[str, Call], device: str, seconds: float, least: int = 7, seed: int = 0
-) -> dict[str, list[float]]:
-    """Each contender's seconds per call, one number per round; in a round all take turns, in shuffled order.
+    contenders: Mapping[str, Call], device: str, seconds: float, least: int = 7, most: int = 60, seed: int = 0
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Each contender's seconds per call, one number per round, and why others have none.
+
+    In a round all take turns, in shuffled order. Rounds go on until every median is known to PRECISION.
 
     Args:
-        contenders: by name; each is called three times before anything counts.
-        seconds: about how long this may take.
-        least: rounds, however long they take.
+        contenders: by name; each is called two or three times before anything counts. One that fails, for want of
+            memory say, leaves the others to go on.
+        seconds: about how long the rounds may take.
+        least, most: rounds, however well medians are known; but three, where they take four times those seconds.
         seed: of the order in a round.
     """
     clock: Any = _CudaClock() if device == "cuda" else _CpuClock()
-    calls, cost = {}, 0.0
-    for name, call in contenders.items():
+    calls: dict[str, int] = {}
+    times: dict[str, list[float]] = {}
+    failed: dict[str, str] = {}
+
+    def timed(name: str, turn: int, repeats: int) -> float:
+        try:
+            return clock.time(contenders[name], turn, repeats)
+        except Exception as error:
+            failed[name] = reason(error)
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        return math.nan
+
+    for name in contenders:
         for turn in range(3):
-            once = clock.time(call, turn, 1)
-        calls[name] = max(1, min(1000, int(2e-3 / max(once, 1e-7)))) if device == "cpu" else 1
-        cost += once * calls[name]
-    count = max(least, min(60, int(seconds / max(cost, 1e-6))))
-    order, generator = list(contenders), random.Random(seed)
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(count):
-        generator.shuffle(order)
-        for name in order:
-            times[name].append(clock.time(contenders[name], turn, calls[name]))
-    return times
+            once = timed(name, turn, 1)
+            if name in failed or (turn and once > 0.1):
+                break
+        if name not in failed:
+            calls[name] = max(1, min(1000, int(2e-3 / max(once, 1e-7)))) if device == "cpu" else 1
+            times[name] = []
+    generator, begin, turn = random.Random(seed), time.perf_counter(), 0
+    while times and turn < most:
+        taken = time.perf_counter() - begin
+        if turn >= least and (taken > seconds or max(map(precision, times.values())) <= PRECISION):
+            break
+        if turn >= 3 and taken > 4 * seconds:
+            break
+        for name in generator.sample(list(times), len(times)):
+            times[name].append(timed(name, turn, calls[name]))
+            if name in failed:
+                del times[name]
+        turn += 1
+    return times, failed
+
+
+@functools.cache
+def limits(device: str) -> dict[str, Any]:
+    """What this device reaches: bytes per second of a copy, read and written, and operations per second of products."""
+    large, side = (1 << 28, 8192) if device == "cuda" else (1 << 25, 1024)
+    source = torch.randn(large, device=device)
+    target = torch.empty_like(source)
+    calls: dict[str, Call] = {"copy": lambda _: target.copy_(source)}
+    for dtype in (torch.float32, torch.bfloat16) if device == "cuda" else (torch.float32,):  # which CPUs convert to
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        calls[str(dtype).removeprefix("torch.")] = lambda _, a=a, b=b: a @ b
+    times, failed = rounds(calls, device, 2.0)
+    if failed:
+        raise RuntimeError("; ".join(failed.values()))
+    medians = {name: statistics.median(mine) for name, mine in times.items()}
+    products = {name: 2 * side**3 / t for name, t in medians.items() if name != "copy"}
+    return {"bytes_per_second": 2 * source.nbytes / medians["copy"], "flops_per_second": products}
+
+
+def bound(roofline: Mapping[str, Any], row: Mapping[str, Any]) -> float:
+    """The least seconds of a row's bytes and products on a device of these limits."""
+    rates = roofline["flops_per_second"]
+    rate = rates.get("bfloat16" if row["dtype"] == "float16" else row["dtype"], rates["float32"])
+    return max(row["bytes"] / roofline["bytes_per_second"], row["flops"] / rate)
 
 
 def against(limit: Sequence[float], times: Sequence[float]) -> Spread:
@@ -93,12 +160,12 @@ def against(limit: Sequence[float], times: Sequence[float]) -> Spread:
     return Spread.of([of / t for of, t in zip(limit, times, strict=True)])
 
 
-def host_seconds(call: Callable[[], object], device: str) -> Spread:
+def host_seconds(call: Callable[[], object], device: str, rounds: int = 30) -> Spread:
     """Time until the call returns, not until a GPU has done the work."""
     for _ in range(20):
         call()
     times = []
-    for _ in range(30):
+    for _ in range(rounds):
         if device == "cuda":
             torch.cuda.synchronize()
         begin = time.perf_counter()

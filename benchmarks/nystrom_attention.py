@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,6 +42,12 @@ class Case:
         """Queries read twice, keys and values once, outputs written: 5 units; backward 9 more."""
         unit = self.batch * self.length * self.heads * self.head_dim * self.dtype.itemsize
         return unit * (14 if self.what == "both" else 5)
+
+    @property
+    def flops(self) -> int:
+        """Of the products with landmarks; thrice with their gradients. The inverse does not grow with the length."""
+        forward = 8 * self.batch * self.length * self.heads * self.landmarks * self.head_dim
+        return forward * (3 if self.what == "both" else 1)
 
     @property
     def work(self) -> int:
@@ -83,6 +90,12 @@ def sweep(device: str) -> list[Case]:
     return [replace(base, name=f"n = {1 << n}", length=1 << n) for n in range(8, 17)]
 
 
+def shared(device: str) -> list[Case]:
+    """The same number of tokens in longer and fewer sequences."""
+    base, tokens = (replace(BASE, heads=2), 14) if device == "cpu" else (LARGE, 17)
+    return [replace(base, name=f"n = {1 << n}", batch=1 << tokens - n, length=1 << n) for n in range(8, tokens + 1, 2)]
+
+
 class Inputs:
     """One set of buffers of a case."""
 
@@ -100,6 +113,23 @@ class Inputs:
 
     def how(self) -> dict[str, Any]:
         return {"num_landmarks": self.case.landmarks, "conv_weight": self.weight}
+
+    @functools.cached_property
+    def exact(self) -> Tensor:
+        return exact(self)
+
+
+def exact(x: Inputs, **convention: str) -> Tensor:
+    """The reference's result in float64."""
+    weight = None if x.weight is None else x.weight.double()
+    out = reference(*(y.double() for y in x.leaves), **x.how() | {"conv_weight": weight}, **convention)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _exact(landmarks: str) -> Callable[[Inputs], Tensor]:
+    """As those have it who start the inverse by the norms of the whole batch."""
+    return lambda x: exact(x, landmarks=landmarks, pinv_init="original")
 
 
 def _ours(backend: str) -> Callable[[Inputs], Function]:
@@ -213,9 +243,9 @@ CONTENDERS = [
     *(Contender(f"kx {backend}", "ours", _ours(backend)) for backend in ("cuda", "triton", "cpu", "reference")),
     Contender("torch eager", "torch", _eager),
     Contender("torch.compile", "torch", _compiled),
-    Contender("softmax attention (SDPA)", "other", _softmax),
-    Contender("Hugging Face", "other", _hugging_face),
-    Contender("nystrom-attention", "other", _lucidrains),
+    Contender("softmax attention (SDPA)", "other", _softmax, exact=lambda x: contest.softmax(*x.leaves)),
+    Contender("Hugging Face", "other", _hugging_face, "transformers", _exact("valid")),
+    Contender("nystrom-attention", "other", _lucidrains, "nystrom-attention", _exact("lucidrains")),
 ]
 OURS = ("kx cuda", "kx triton")  # on a GPU
 LIMIT = "dst.copy_(src)"
@@ -224,22 +254,17 @@ HOST_GRADIENTS = False
 PACKAGES = ("transformers", "nystrom-attention")
 
 
+def contenders(case: Case) -> list[Contender]:
+    return CONTENDERS
+
+
 def versions() -> dict[str, str | None]:
     return contest.versions(PACKAGES)
 
 
 def error(function: Function, x: Inputs) -> float:
     """The largest difference from the reference in float64 over the largest value."""
-    how = x.how() | {"conv_weight": None if x.weight is None else x.weight.double()}
-    exact = reference(*(y.double() for y in x.leaves), **how)
-    assert isinstance(exact, Tensor)
-    return (function(*x.leaves).double() - exact).abs().max().item() / exact.abs().max().item()
-
-
-def calls(
-    case: Case, sets: list[Inputs], contenders: Sequence[Contender] = CONTENDERS
-) -> Iterator[tuple[Contender, Callable[[int], object] | str]]:
-    return contest.calls(sets, contenders, error)
+    return contest.off(function(*x.leaves), x.exact)
 
 
 def limit(sets: list[Inputs]) -> Callable[[int], object]:
@@ -265,7 +290,7 @@ def extras() -> dict[str, Any]:
 def _units(results: dict[str, Any]) -> Measured | None:
     """What the CPU kernel holds at most beside its inputs and its result, in units of one of them."""
     for row in results["memory"]:
-        if row["contender"] == "kx cpu":
+        if row["contender"] == "kx cpu" and "peak" in row:
             return (max(0.0, 3 * row["peak"] / row["values"] - 1),) * 3
     return None
 

@@ -20,16 +20,17 @@ TEMPLATES = Path(__file__).parent / "templates"
 Parts = dict[str, dict[str, Any]]  # the results of one device, by what was measured
 
 
-def load() -> list[Parts]:
-    """The results that are kept, the best-measured device first: that of most whole runs, then of most rows."""
+def load(quick: bool = False, mine: str | None = None) -> list[Parts]:
+    """The results that are kept: of device `mine` first, then of the best-measured: most whole runs, then most rows."""
     found: dict[str, Parts] = {}
-    for file in sorted(suite.RESULTS.glob("*/*.json")):
+    for file in suite.kept_files(quick):
         results = json.loads(file.read_text())
         found.setdefault(results["environment"]["device"], {})[results["op"]] = results
 
-    def complete(parts: Parts) -> tuple[int, int, int]:
+    def complete(parts: Parts) -> tuple[bool, int, int, int]:
         rows = sum(len(value) for results in parts.values() for value in results.values() if isinstance(value, list))
-        return sum(not results["quick"] for results in parts.values()), len(parts), rows
+        is_mine = any(results["environment"]["device"] == mine for results in parts.values())
+        return is_mine, sum(not results["quick"] for results in parts.values()), len(parts), rows
 
     ordered = [{name: parts[name] for name in NAMES if name in parts} for parts in found.values()]
     return sorted(ordered, key=complete, reverse=True)
@@ -96,9 +97,9 @@ def write(file: Path, text: str) -> None:
         raise SystemExit(f"{file} cannot be written: {error.strerror}. What was measured is kept.") from error
 
 
-def render(folder: Path) -> list[Path]:
-    """Writes index.html and summary.md into `folder`."""
-    kept = load()
+def render(folder: Path, *, quick: bool = False, mine: str | None = None) -> list[Path]:
+    """Writes index.html and summary.md into `folder`; `mine` is the device that comes first."""
+    kept = load(quick, mine)
     if not kept:
         raise SystemExit("nothing has been measured: run `python -m benchmarks measure` first")
     goals = [

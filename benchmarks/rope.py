@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,6 +40,11 @@ class Case:
         """Each value read and written once, each token's row of the tables read once."""
         rows = self.batch * self.length
         return rows * (2 * (self.heads + self.kv_heads) * self.head_dim * self.dtype.itemsize + 4 * self.head_dim)
+
+    @property
+    def flops(self) -> int:
+        """Six for each rotated pair."""
+        return 3 * self.batch * self.length * (self.heads + self.kv_heads) * self.head_dim
 
     @property
     def work(self) -> int:
@@ -81,6 +87,12 @@ def sweep(device: str) -> list[Case]:
     return [replace(base, name=f"T = {1 << n}", batch=1, length=1 << n) for n in range(4, last)]
 
 
+def shared(device: str) -> list[Case]:
+    """The same number of tokens in longer and fewer sequences."""
+    base, tokens = (BASE, 13) if device == "cpu" else (LARGE, 15)
+    return [replace(base, name=f"T = {1 << n}", batch=1 << tokens - n, length=1 << n) for n in range(4, tokens + 1, 3)]
+
+
 class Inputs:
     """One set of buffers of a case."""
 
@@ -100,6 +112,11 @@ class Inputs:
             self.cu_seqlens = ends.to(device)
         self.longest = longest
         self.cos, self.sin = kx.rope_tables(longest, case.head_dim, device=device)
+
+    @functools.cached_property
+    def exact(self) -> tuple[Tensor, Tensor]:
+        wide = (t.double() for t in (self.q, self.k, self.cos, self.sin))
+        return reference(*wide, interleaved=self.case.interleaved, cu_seqlens=self.cu_seqlens)
 
     def _random(self, generator: torch.Generator, rows: tuple[int, ...], heads: int, device: str) -> Tensor:
         shape = (*rows, heads, self.case.head_dim)
@@ -210,17 +227,21 @@ def _rotary_embedding_torch(x: Inputs) -> Rotate:
 CONTENDERS = [
     *(Contender(f"kx {backend}", "ours", _ours(backend)) for backend in ("cuda", "triton", "cpu", "reference")),
     Contender("kx in place", "ours", lambda x: _ours("cuda" if x.q.is_cuda else "cpu", inplace=True)(x)),
-    Contender("Hugging Face eager", "torch", _hugging_face_function),
-    Contender("Hugging Face, torch.compile", "torch", _hugging_face_compiled),
-    Contender("flash-attn", "peer", _flash_attn),
-    Contender("liger-kernel", "peer", _liger),
-    Contender("flash-linear-attention", "peer", _fla),
-    Contender("rotary-embedding-torch", "peer", _rotary_embedding_torch),
+    Contender("Hugging Face eager", "torch", _hugging_face_function, "transformers"),
+    Contender("Hugging Face, torch.compile", "torch", _hugging_face_compiled, "transformers"),
+    Contender("flash-attn", "peer", _flash_attn, "flash-attn"),
+    Contender("liger-kernel", "peer", _liger, "liger-kernel"),
+    Contender("flash-linear-attention", "peer", _fla, "flash-linear-attention"),
+    Contender("rotary-embedding-torch", "peer", _rotary_embedding_torch, "rotary-embedding-torch"),
 ]
 LIMIT = "dst.copy_(src)"
 UNIT = "B"  # of a case's work
 HOST_GRADIENTS = True
 PACKAGES = ("transformers", "flash-attn", "liger-kernel", "flash-linear-attention", "rotary-embedding-torch")
+
+
+def contenders(case: Case) -> list[Contender]:
+    return CONTENDERS
 
 
 def versions() -> dict[str, str | None]:
@@ -229,16 +250,7 @@ def versions() -> dict[str, str | None]:
 
 def error(rotate: Rotate, x: Inputs) -> float:
     """The largest difference from the float64 reference, over the largest value."""
-    wide = (t.double() for t in (x.q, x.k, x.cos, x.sin))
-    exact = reference(*wide, interleaved=x.case.interleaved, cu_seqlens=x.cu_seqlens)
-    outs = rotate(x.q.clone(), x.k.clone())
-    return max((y.double() - e).abs().max().item() / e.abs().max().item() for y, e in zip(outs, exact, strict=True))
-
-
-def calls(
-    case: Case, sets: list[Inputs], contenders: Sequence[Contender] = CONTENDERS
-) -> Iterator[tuple[Contender, Callable[[int], object] | str]]:
-    return contest.calls(sets, contenders, error)
+    return max(map(contest.off, rotate(x.q.clone(), x.k.clone()), x.exact))
 
 
 def limit(sets: list[Inputs]) -> Callable[[int], object]:
@@ -253,7 +265,8 @@ def limit(sets: list[Inputs]) -> Callable[[int], object]:
 
 
 def _decode_host(results: dict[str, Any]) -> tuple[float, float, float] | None:
-    row = next((r for r in results["host"] if r["contender"] == "kx cuda" and not r["gradient"]), None)
+    rows = [r for r in results["host"] if r["contender"] == "kx cuda" and "median" in r]
+    row = next((r for r in rows if not r["gradient"]), None)
     return (row["median"] * 1e6, row["low"] * 1e6, row["high"] * 1e6) if row else None
 
 

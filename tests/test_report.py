@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +20,15 @@ pytest.importorskip("scipy")
 import jsonschema
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import compare, fits, layers, suite
+from benchmarks import compare, contest, fits, layers, measure, suite
 from benchmarks.claims import OPEN, all_claims, cost
 from benchmarks.claims.cost import flops
 from benchmarks.claims.evidence import Evidence
 from benchmarks.environment import ROOT
 from kx_kernels._core.spec import all_specs
+from kx_kernels.testing.metering import metered
 
 CLAIMS = [f"C{i}" for i in (*range(1, 22), 24, 25)] + [f"D{i}" for i in (*range(1, 12), 13, 14)]
 
@@ -40,7 +46,7 @@ def test_without_evidence_nothing_is_decided() -> None:
 
 def test_what_a_claim_needs_is_measured() -> None:
     """Every place that a claim is answered from is one that a run fills."""
-    places = {name: {step[0] for step in suite.steps(name, "cpu", quick=False)} for name in ("layers", "quality")}
+    places = {name: {step.where for step in suite.steps(name, "cpu", quick=False)} for name in ("layers", "quality")}
     for claim in all_claims():
         assert claim.needs, claim.id
         assert set(claim.needs) <= places[suite.holder(claim.needs)], claim.id
@@ -67,12 +73,97 @@ def test_products_are_as_many_as_the_formulas_say(
     assert flops(level, name, "eager", H, n) == expected(n)
 
 
-def test_specifications_count_what_torch_counts() -> None:
-    """An operator's own count, of the products of eager torch."""
-    spec = {s.name: s for s in all_specs()}
-    q, v = torch.empty(1, 512, 1, 128, device="meta"), torch.empty(1, 512, 1, 2 * H, device="meta")
+SPECS = {spec.name: spec for spec in all_specs()}
+
+
+def meta(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, device="meta")
+
+
+def seen(function: Callable[..., Any], *inputs: torch.Tensor) -> int:
+    """What torch's counter sees of a call."""
+    with FlopCounterMode(display=False) as counter:
+        function(*inputs)
+    return counter.get_total_flops()
+
+
+def landmarks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """What Nyström attention's products with landmarks are, without the inverse between them."""
+    q, k, v, small = (x.transpose(1, 2) for x in (q, k, v, q[:, :64]))
+    return (q @ small.mT) @ ((small @ k.mT) @ v)
+
+
+def counted_calls() -> Iterator[Any]:
+    """An operator, a call of it, and its products in eager torch."""
+    q, v = meta(1, 512, 1, 128), meta(1, 512, 1, 2 * H)
     call = {"q": q, "k": q, "v": v, "gate": v, "causal": False}
-    assert spec["gau_attention"].flops(call) == flops("mixing", "GAU", "eager", H, 512)
+    yield pytest.param("gau_attention", call, lambda: seen(layers.gau, q, q, v, v), id="gau_attention")
+    reference = functools.partial(SPECS["gau_attention"].reference, causal=False)
+    yield pytest.param("gau_attention", call, lambda: seen(reference, q, q, v, v), id="gau_attention-reference")
+    mixed = {"quad_q": q, "quad_k": q, "lin_q": q, "lin_k": q, "v": v, "gate": v, "chunk_size": 256, "causal": False}
+    yield pytest.param(
+        "mixed_chunk_attention", mixed, lambda: seen(layers.mixed, q, q, v, v), id="mixed_chunk_attention"
+    )
+    x = meta(2, 512, 12, 64)
+    heads = {"q": x, "k": x, "v": x}
+    sums = 2 * x.numel()  # of the denominator's product, which the operator's count is without
+    yield pytest.param("linear_attention", heads, lambda: seen(layers.linear, x, x, x) - sums, id="linear_attention")
+    yield pytest.param(
+        "nystrom_attention", heads | {"num_landmarks": 64}, lambda: seen(landmarks, x, x, x), id="nystrom_attention"
+    )
+
+
+@pytest.mark.parametrize(("name", "call", "count"), list(counted_calls()))
+def test_specifications_count_what_torch_counts(name: str, call: dict[str, Any], count: Callable[[], int]) -> None:
+    """rope and gau_inputs have no products, so that the counter sees nothing of them."""
+    assert SPECS[name].flops(call) == count()
+
+
+def spec_call(name: str, inputs: Any) -> dict[str, Any]:
+    """The arguments of the specification's counts, of a benchmark's inputs."""
+    case = inputs.case
+    if name == "rope":
+        return {"q": inputs.q, "k": inputs.k, "cos": inputs.cos, "sin": inputs.sin}
+    call = dict(zip(("q", "k", "v", "gate"), inputs.leaves, strict=False))
+    more = {"gau_attention": ("causal", getattr(case, "causal", None))}
+    more["nystrom_attention"] = ("num_landmarks", getattr(case, "landmarks", None))
+    return call | dict([more[name]] if name in more else [])
+
+
+@pytest.mark.parametrize("name", suite.OPERATORS)
+def test_a_case_counts_what_the_specification_counts(name: str) -> None:
+    """A row's bound is drawn from the same flops and bytes; queries of Nyström attention have to be read twice."""
+    op = suite.OPERATORS[name]
+    case = replace(op.cases("cpu")[0], length=256)
+    inputs = op.Inputs(case, "cpu")
+    spec, call = SPECS[name], spec_call(name, inputs)
+    assert case.flops == spec.flops(call)
+    twice = inputs.leaves[0].nbytes if name == "nystrom_attention" else 0
+    assert case.bytes_moved == spec.bytes(call) + twice
+
+
+MOVED = {  # bytes that Triton's forward kernels move, at most, over those of the specification
+    "rope": 1.11,  # q and k read the tables each for themselves
+    "gau_inputs": 1.01,
+    "linear_attention": 1.51,
+    "gau_attention": 1.65,
+    "mixed_chunk_attention": 3.13,  # states of chunks; and keys and values again for every block of queries
+    "nystrom_attention": 4.68,  # queries twice, and values for each of the landmarks' products and the convolution
+}
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
+@pytest.mark.parametrize("name", SPECS)
+def test_kernels_move_the_bytes_that_their_specification_counts(name: str) -> None:
+    """No fewer, and at most so many times as many as the table says."""
+    spec = SPECS[name]
+    api = importlib.import_module(spec.function.__module__)
+    triton = next(b for b in api.backends() if b.name == "triton")
+    for case, call in spec.metered().items():
+        with metered() as meter:
+            next(iter(spec.passes(triton, api.problem(**call))))
+        times = (meter.loaded + meter.stored) / spec.bytes(call)
+        assert 1 <= times <= MOVED[name], f"{case}: {times:.2f}"
 
 
 @pytest.mark.parametrize(
@@ -132,7 +223,7 @@ def test_crossovers() -> None:
 
 
 class Steps:
-    """Three steps, of which one may interrupt, fail, or end the process."""
+    """Three steps of each name, of which one may interrupt, fail, or end the process."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -145,67 +236,206 @@ class Steps:
                 raise self.trouble[what]
             return [{"what": what}]
 
-        return [("rows", what, lambda what=what: step(what)) for what in ("a", "b", "c")]
+        letters = "abc" if name == "layers" else "def"
+        return [suite.Step("rows", what, functools.partial(step, what)) for what in letters]
 
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Steps:
     found = Steps()
     monkeypatch.setattr(suite, "steps", found)
-    monkeypatch.setattr(suite, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(suite, "PARTIAL", tmp_path / "partial")
+    for place in ("RESULTS", "QUICK", "PARTS", "PARTIAL"):
+        monkeypatch.setattr(suite, place, tmp_path / place.lower())
     return found
+
+
+def run_layers(**how: Any) -> dict[str, Any]:
+    return suite.run(["layers"], "cpu", **{"quick": True, **how})["layers"]
 
 
 def test_an_interrupted_run_goes_on(steps: Steps) -> None:
     steps.trouble = {"b": KeyboardInterrupt()}
     with pytest.raises(KeyboardInterrupt):
-        suite.run("layers", "cpu", quick=True)
+        run_layers()
     steps.trouble = {}
-    results = json.loads(suite.run("layers", "cpu", quick=True).read_text())
+    results = run_layers()
     assert steps.calls == ["a", "b", "b", "c"]
     assert results["rows"] == [{"what": "a"}, {"what": "b"}, {"what": "c"}]
+    assert results == json.loads(suite.kept_file("layers", "cpu", quick=True).read_text())
+    assert {step["step"] for step in results["steps"]} == {"rows/a", "rows/b", "rows/c"}
+    assert results["wall_seconds"] >= 0
     assert not list(suite.PARTIAL.rglob("*.json"))
     steps.calls = []
-    suite.run("layers", "cpu", quick=True)
+    run_layers()
     assert steps.calls == ["a", "b", "c"]  # nothing is left of a run that ended
+
+
+def test_a_run_of_several_goes_on_in_the_one_that_was_interrupted(steps: Steps) -> None:
+    steps.trouble = {"e": KeyboardInterrupt()}
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            suite.run(["layers", "quality"], "cpu", quick=False)
+    steps.trouble = {}
+    suite.run(["layers", "quality"], "cpu", quick=False)
+    assert steps.calls == ["a", "b", "c", "d", "e", "e", "e", "f"]
+
+
+def test_only_whole_runs_are_kept_with_the_code(steps: Steps) -> None:
+    suite.run(["layers"], "cpu", quick=False)
+    file = suite.kept_file("layers", "cpu")
+    kept = file.read_text()
+    run_layers()
+    run_layers(quick=False, places=["rows"])
+    assert file.read_text() == kept
+    assert suite.kept_files() == [file]
+    assert suite.kept_files(quick=True) == [suite.kept_file("layers", "cpu", quick=True)]
+
+
+def test_a_quick_run_leaves_an_interrupted_whole_one_alone(steps: Steps) -> None:
+    steps.trouble = {"c": KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        run_layers(quick=False)
+    steps.trouble = {}
+    run_layers()
+    steps.calls = []
+    run_layers(quick=False)
+    assert steps.calls == ["c"]
 
 
 def test_fresh_forgets_an_interrupted_run(steps: Steps) -> None:
     steps.trouble = {"c": KeyboardInterrupt()}
     with pytest.raises(KeyboardInterrupt):
-        suite.run("layers", "cpu", quick=True)
+        run_layers()
     steps.trouble, steps.calls = {}, []
-    suite.run("layers", "cpu", quick=True, fresh=True)
+    run_layers(fresh=True)
     assert steps.calls == ["a", "b", "c"]
 
 
 def test_a_step_that_fails_says_so_and_the_run_goes_on(steps: Steps) -> None:
     steps.trouble = {"b": MemoryError("no room for 9 GB")}
-    results = json.loads(suite.run("layers", "cpu", quick=True).read_text())
+    results = run_layers()
     assert results["rows"] == [{"what": "a"}, {"what": "c"}]
     assert results["failed"] == [{"step": "rows/b", "reason": "MemoryError: no room for 9 GB"}]
 
 
-def test_a_step_that_ends_the_process_is_not_tried_again(steps: Steps) -> None:
+def test_a_step_that_ends_the_process_is_tried_once_more(steps: Steps) -> None:
     steps.trouble = {"b": SystemExit("killed")}  # nothing of the run is told
-    with pytest.raises(SystemExit):
-        suite.run("layers", "cpu", quick=True)
-    results = json.loads(suite.run("layers", "cpu", quick=True).read_text())
-    assert steps.calls == ["a", "b", "c"]
-    assert results["failed"] == [{"step": "rows/b", "reason": "the process ended in it"}]
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            run_layers()
+    results = run_layers()
+    assert steps.calls == ["a", "b", "b", "c"]
+    assert results["failed"] == [{"step": "rows/b", "reason": "the process ended in it, twice"}]
 
 
-def test_a_disk_that_is_full_is_no_end(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["partial", "quick"])
+def test_a_disk_that_is_full_is_no_end(steps: Steps, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    before = run_layers()
+    write = Path.write_text
+
     def full(self: Path, text: str) -> int:
-        if "partial" in str(self):
+        if where in self.parent.parent.name or where in self.parent.parent.parent.name:
+            write(self, text[: len(text) // 2])
             raise OSError(28, "No space left on device")
-        return self.write_bytes(text.encode())
+        return write(self, text)
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.warns(UserWarning, match="cannot be resumed"):
-        results = json.loads(suite.run("layers", "cpu", quick=True).read_text())
+    with pytest.warns(UserWarning, match="cannot be written"):
+        results = run_layers()
     assert len(results["rows"]) == 3
+    assert json.loads(suite.kept_file("layers", "cpu", quick=True).read_text())["rows"] == before["rows"]
+    assert not list(suite.QUICK.rglob("*.new"))
+
+
+def no_room(*_: Any) -> None:
+    raise torch.OutOfMemoryError("no room for 9 GB\nand more words")
+
+
+def test_a_call_that_fails_leaves_the_others_to_go_on() -> None:
+    turns: list[int] = []
+
+    def late(turn: int) -> None:
+        turns.append(turn)
+        if len(turns) > 5:
+            no_room()
+
+    calls = {"good": lambda _: None, "none": no_room, "late": late}
+    times, failed = measure.rounds(calls, "cpu", 0.1, least=3, most=5)
+    assert list(times) == ["good"]
+    assert 3 <= len(times["good"]) <= 5
+    assert failed == dict.fromkeys(("none", "late"), "OutOfMemoryError: no room for 9 GB")
+
+
+def test_rounds_end_when_medians_are_known() -> None:
+    assert measure.precision([1.0] * 9) == 0
+    assert measure.precision([1.0, 2.0, 3.0, 4.0]) == pytest.approx(1.5 / 2.5 / 2)
+
+
+def test_contenders_without_room_or_with_wrong_results_have_rows_without_speed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    op = suite.OPERATORS["nystrom_attention"]
+    right = next(c for c in op.CONTENDERS if c.name == "torch eager")
+    contenders = [
+        right,
+        contest.Contender("no room", "ours", lambda x: no_room),
+        contest.Contender("wrong", "peer", lambda x: lambda q, k, v: 2 * v),
+        contest.Contender("not a number", "peer", lambda x: lambda q, k, v: v * math.nan),
+        contest.Contender("other, right", "other", lambda x: lambda q, k, v: 2 * v, exact=lambda x: 2 * x.leaves[2]),
+        contest.Contender("other, wrong", "other", lambda x: lambda q, k, v: v, exact=lambda x: 2 * x.leaves[2]),
+    ]
+    monkeypatch.setattr(op, "contenders", lambda case: contenders)
+    case = replace(op.BASE, length=128, heads=1)
+    rows = {row["contender"]: row for row in suite.timings(op, case, "cpu", 0.01, quick=True)}
+    assert {name for name, row in rows.items() if row["seconds"]} == {op.LIMIT, "torch eager", "other, right"}
+    assert rows["no room"]["reason"] == "fails: OutOfMemoryError: no room for 9 GB"
+    for name in ("wrong", "not a number", "other, wrong"):
+        assert rows[name]["reason"].startswith("wrong: off by")
+    check_schema(timings=list(rows.values()))
+    assert rows["torch eager"]["version"] == f"torch {torch.__version__}"
+
+
+def check_schema(**places: Any) -> None:
+    facts = dict.fromkeys(("commit", "uncommitted_changes", "date", "torch", "kx_kernels"), "")
+    run = {"op": "layers", "quick": True, "environment": {"device": "", "device_kind": "cpu", **facts}, **places}
+    jsonschema.validate(run, json.loads((ROOT / "benchmarks" / "results" / "schema.json").read_text()))
+
+
+def test_a_row_is_held_against_what_the_device_allows() -> None:
+    roofline = {"bytes_per_second": 1e9, "flops_per_second": {"float32": 1e12}}
+    assert measure.bound(roofline, {"bytes": 1e9, "flops": 1e9, "dtype": "float32"}) == 1
+    assert measure.bound(roofline, {"bytes": 1e3, "flops": 3e12, "dtype": "bfloat16"}) == 3
+
+
+def test_parts_without_room_or_with_wrong_results_have_rows_without_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [layers.find("mixing", "attention", by) for by in ("eager", "fused")]
+    bad = [replace(parts[0], build=lambda _: no_room), replace(parts[0], by="fused", build=lambda _: lambda q, k, v: q)]
+    monkeypatch.setattr(layers, "parts", lambda: [parts[0], bad[1]])
+    layers.error.cache_clear()
+    rows = layers.times([bad[0], bad[1], parts[0]], 64, 128, "forward", "cpu", 0.01)
+    layers.error.cache_clear()
+    assert ["seconds" in row for row in rows] == [False, False, True]
+    assert rows[0]["reason"] == "OutOfMemoryError: no room for 9 GB"
+    assert rows[1]["reason"].startswith("wrong: off by")
+    memory = layers.memory(bad[:1], 64, 128, "cpu")
+    check_schema(times=rows, memory=memory)
+    assert memory[0]["reason"] == "OutOfMemoryError: no room for 9 GB"
+
+
+@pytest.mark.parametrize(
+    "part", [p for p in layers.parts() if p.by != "torch.compile"], ids=lambda p: f"{p.level}-{p.name}-{p.by}"
+)
+def test_parts_compute_what_they_are_named(part: layers.Part) -> None:
+    assert layers.error(part.level, part.name, part.by, 128, "cpu") < 1e-4
+
+
+@pytest.mark.parametrize(
+    "part", [p for p in layers.parts() if p.by != "torch.compile"], ids=lambda p: f"{p.level}-{p.name}-{p.by}"
+)
+def test_parts_are_where_their_inputs_are(part: layers.Part) -> None:
+    function, weights = part.made(128, "meta")
+    out = function(*(meta(*shape) for shape in part.shapes(128, 256)))
+    assert {x.device.type for x in (out, *weights)} == {"meta"}
 
 
 KEPT = sorted((ROOT / "benchmarks" / "results").glob("*/*.json"))
