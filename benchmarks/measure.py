@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kx_kernels._core import native
+
 PRECISION = 0.02  # relative error of a median that is enough
 Call = Callable[[int], object]  # given the number of a turn, so that it can take another set of buffers each time
 
@@ -176,7 +178,8 @@ def host_seconds(call: Callable[[], object], device: str, rounds: int = 30) -> S
 
 
 def peak_bytes(call: Callable[[], object], device: str) -> int:
-    """The most that the call holds beyond what was there before, its result included."""
+    """The most that the call holds beyond what was there before, its result included. On a CPU our kernels' own memory is
+    added as if its peak were at the same time."""
     call()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -185,13 +188,17 @@ def peak_bytes(call: Callable[[], object], device: str) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    extension = native.load()
+    if extension is not None:
+        extension.cpu_peak_bytes()  # since now
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             call()
         profile.export_chrome_trace(file.name)
         events = json.loads(Path(file.name).read_text())["traceEvents"]
     changes = [(e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"]
-    return max(itertools.accumulate((size for _, size in sorted(changes)), initial=0))
+    own = 0 if extension is None else extension.cpu_peak_bytes()
+    return own + max(itertools.accumulate((size for _, size in sorted(changes)), initial=0))
 
 
 def saved_bytes(call: Callable[[], object], inputs: Sequence[Tensor]) -> int:
