@@ -178,8 +178,10 @@ def host_seconds(call: Callable[[], object], device: str, rounds: int = 30) -> S
 
 
 def peak_bytes(call: Callable[[], object], device: str) -> int:
-    """The most that the call holds beyond what was there before, its result included. On a CPU our kernels' own memory is
-    added as if its peak were at the same time."""
+    """The most that the call holds beyond what was there before, its result included.
+
+    On a CPU our kernels' own memory is added as if its peak were at the same time.
+    """
     call()
     if device == "cuda":
         torch.cuda.synchronize()

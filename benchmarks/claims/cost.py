@@ -451,7 +451,7 @@ def chunk_states(e: Evidence) -> Iterator[Answer]:
     held = e.bytes("mixing", "FLASH, causal", "ours", n, "peak") - n * 2 * H * 4
     share = held / every
     told = f"at n = {n:,}: {held / 1e6:.1f} MB beyond the output, {share:.3f} of the states of every token"
-    why = "the sum before its gate, n·e numbers, counts as well; what a kernel holds for itself on a CPU does not"
+    why = "the sum before its gate, n·e numbers, counts as well"
     yield Answer("our kernel: no state of every token", told, HOLDS if share < 0.5 else FAILS, f"below half; {why}")
     verdict = HOLDS if said / NEAR <= share <= said * NEAR else FAILS
     yield Answer(f"our kernel: {said:.3f} of them", told, verdict, f"within a factor of {NEAR}; {why}")
