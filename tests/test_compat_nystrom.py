@@ -170,6 +170,7 @@ def test_transformers_own_code(landmarks: int, kernel: int | None) -> None:
         for one in (mask, mask.expand(2, 1, 30, 30)):
             for a, b in zip(ours(x, one, True), theirs(x, one, True), strict=True):
                 torch.testing.assert_close(a, b)
+        torch.testing.assert_close(ours(x, (mask[:, 0, 0] == 0).int())[0], theirs(x, mask)[0])
 
 
 def test_transformers_where_the_original_raises() -> None:
@@ -182,10 +183,14 @@ def test_transformers_where_the_original_raises() -> None:
     torch.testing.assert_close(whole[:1], ours(x[:1])[0])
     torch.testing.assert_close(whole[1:, :23], short)
     assert not whole[1, 23:].any()
-    for other in (mask[:, 0, 0] == 0, mask == 0, mask.expand(2, 1, 41, 41)):
+    padding = mask[:, 0, 0] == 0
+    for other in (padding, padding.long(), mask == 0, mask.expand(2, 1, 41, 41)):
         torch.testing.assert_close(ours(x, other)[0], whole)
     assert ours(x, mask, output_attentions=True)[1].shape == (2, 3, 41, 6)
     assert ours.bfloat16()(x.bfloat16())[0].dtype == torch.bfloat16
+    for other in (padding.double(), (mask == 0).long()):  # added to scores, or not
+        with pytest.raises(TypeError, match=r"argument 'attention_mask' is a .*; expected bool or integers"):
+            ours(x, other)
     with pytest.raises(ValueError, match=r"hidden size \(25\) is not a multiple"):
         transformers.NystromformerSelfAttention(config(hidden_size=25))
 
@@ -216,7 +221,7 @@ def xformers_formula(
 
 @pytest.mark.parametrize("init", ["per_matrix", "original", "pinv"])
 @pytest.mark.parametrize(("n", "m"), [(24, 8), (29, 8), (8, 8), (7, 9)])
-@pytest.mark.parametrize("masked", ["no", "bool", "additive", "by_head"])
+@pytest.mark.parametrize("masked", ["no", "bool", "additive", "finite", "by_head"])
 def test_xformers(init: str, n: int, m: int, masked: str) -> None:
     heads, batch = 3, 2
     conv = 5 if masked == "no" else None  # with a mask theirs convolves padding as well
@@ -235,7 +240,8 @@ def test_xformers(init: str, n: int, m: int, masked: str) -> None:
         "no": None,
         "bool": keep,
         "additive": additive,
-        "by_head": additive.repeat_interleave(heads, 0)[:, None],
+        "finite": torch.where(keep, 0.0, -1e4),
+        "by_head": additive.clamp(min=torch.finfo(additive.dtype).min).repeat_interleave(heads, 0)[:, None],
     }[masked]
     seen = keep.repeat_interleave(heads, 0)[..., None] if mask is not None else torch.ones(1, 1, 1)
     o = ours(*leaves, key_padding_mask=mask) * seen
@@ -260,6 +266,8 @@ def test_xformers_interface() -> None:
     q = torch.randn(6, 20, 4)
     with pytest.raises(ValueError, match=r"shape \[2, 19\]; expected \[2, 20\] or \[6, 1, 20\]"):
         cls(0.0, 3)(q, q, q, key_padding_mask=torch.ones(2, 19, dtype=torch.bool))
+    with pytest.raises(TypeError, match="argument 'key_padding_mask' is a int64 tensor"):
+        cls(0.0, 3)(q, q, q, key_padding_mask=torch.ones(2, 20, dtype=torch.int64))
     skipping = cls(0.0, 3, 8, v_skip_connection=nn.Identity())
     torch.testing.assert_close(skipping(q, q, q, att_mask=None), cls(0.0, 3, 8)(q, q, q) + q)
     nothing = cls(0.0, 3, 8)(q, q, q, key_padding_mask=torch.zeros(2, 20, dtype=torch.bool))
