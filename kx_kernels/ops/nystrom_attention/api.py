@@ -174,7 +174,7 @@ def _checked(
     for name, value, names in (("pinv_init", pinv_init, INITS), ("landmarks", landmarks, CONVENTIONS)):
         if value not in names:
             reject(OP, name, value, f"one of {', '.join(map(repr, names))}")
-    scale = q.shape[-1] ** -0.5 if scale is None else _number("scale", scale)
+    scale = torch.sym_float(q.shape[-1]) ** -0.5 if scale is None else _number("scale", scale)
     if _number("ridge", ridge) < 0:
         reject(OP, "ridge", ridge, "0 or more")
 
