@@ -1,4 +1,4 @@
-"""The drop-ins for Nyström attention: against formulas in plain torch, and Hugging Face's own code."""
+"""The drop-ins for Nyström attention: against the code of lucidrains and of Hugging Face, and xformers' formula."""
 
 from __future__ import annotations
 
@@ -55,68 +55,24 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], x, rtol=1e-8, atol=1e-8 * max(1, x.abs().max().item()), msg=name)
 
 
-class Lucid(nn.Module):
-    """What lucidrains' module computes, over the drop-in's parameters."""
-
-    def __init__(self, of: nystrom_attention.NystromAttention) -> None:
-        super().__init__()
-        self.to_qkv, self.to_out, self.of = of.to_qkv, of.to_out, [of]
-        if of.residual:
-            self.res_conv = of.res_conv
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Any:
-        m, heads, n = self.of[0].num_landmarks, self.of[0].heads, x.shape[1]
-        length = math.ceil(n / m)
-        front = m * length - n
-        if front > 0 and n % m:
-            front = m - n % m
-        x = torch.cat([torch.zeros(x.shape[0], front, x.shape[2]), x], 1)
-        keep = None if mask is None else torch.cat([torch.zeros(x.shape[0], front, dtype=torch.bool), mask], 1)[:, None]
-        q, k, v = (y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in self.to_qkv(x).chunk(3, -1))
-        if keep is not None:
-            q, k, v = (y * keep[..., None] for y in (q, k, v))
-        q = q * q.shape[-1] ** -0.5
-        sums = [y.unflatten(2, (m, length)).sum(3) for y in (q, k)]
-        scores: Any
-        if keep is None:
-            means = [y / length for y in sums]
-            scores = (q @ means[1].mT, means[0] @ means[1].mT, means[0] @ k.mT)
-        else:
-            counts = keep.unflatten(2, (m, length)).sum(3)[..., None]
-            means, alive = [y / (counts + 1e-8) for y in sums], counts[..., 0] > 0
-            low = -torch.finfo(q.dtype).max
-            scores = (
-                (q @ means[1].mT).masked_fill(~(keep[..., None] & alive[..., None, :]), low),
-                (means[0] @ means[1].mT).masked_fill(~(alive[..., None] & alive[..., None, :]), low),
-                (means[0] @ k.mT).masked_fill(~(alive[..., None] & keep[..., None, :]), low),
-            )
-        f, a, b = (y.softmax(-1) for y in scores)
-        z = iterated(a, self.of[0].pinv_iterations, a.sum(-2).max() * a.sum(-1).max())
-        o = f @ z @ (b @ v)
-        if self.of[0].residual:
-            o = o + self.res_conv(v)
-        return self.to_out(o.transpose(1, 2).flatten(2))[:, -n:], (f, z, b)
-
-
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("length", [5, 16, 24, 29])
 @pytest.mark.parametrize("residual", [True, False])
-def test_lucidrains(masked: bool, length: int, residual: bool) -> None:
-    torch.manual_seed(0)
-    ours = nystrom_attention.NystromAttention(12, 4, 3, num_landmarks=8, residual=residual, residual_conv_kernel=5)
+def test_lucidrains_own_code(masked: bool, length: int, residual: bool) -> None:
+    how: dict[str, Any] = {"num_landmarks": 8, "residual": residual, "residual_conv_kernel": 5}
+    theirs = importlib.import_module("nystrom_attention").NystromAttention(12, 4, 3, **how)
+    ours = nystrom_attention.NystromAttention(12, 4, 3, **how)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
     x = 3 * torch.randn(2, length, 12)
     mask = torch.arange(length) < torch.tensor([[length], [max(length // 2, 2)]]) if masked else None
-    theirs = Lucid(ours)
     assert_same(results_and_gradients(ours, x, mask, mask=mask), results_and_gradients(theirs, x, mask, mask=mask))
-    matrices = theirs(x, mask)[1]
-    out, attention = ours(x, mask, return_attn=True)
-    _, found = ours(x, mask, return_attn_matrices=True)
-    torch.testing.assert_close(out, ours(x, mask))
-    rows = slice(None) if mask is None else slice(-length, -length + 2)  # rows that are no padding
-    torch.testing.assert_close(found[0][:, :, rows], matrices[0][:, :, rows])
-    torch.testing.assert_close(found[1], matrices[1])
-    torch.testing.assert_close(found[2], matrices[2])
-    torch.testing.assert_close(attention[:, :, rows], (matrices[0] @ matrices[1] @ matrices[2])[:, :, rows])
+    seen = slice(None) if mask is None else slice(-length, 2 - length)  # rows that are no padding
+    for which, rows in (("return_attn_matrices", (seen, slice(None), slice(None))), ("return_attn", (seen,))):
+        (out, found), (_, wanted) = (module(x, mask, **{which: True}) for module in (ours, theirs))
+        torch.testing.assert_close(out, ours(x, mask))
+        found, wanted = (y if isinstance(y, tuple) else (y,) for y in (found, wanted))
+        for a, b, row in zip(found, wanted, rows, strict=True):
+            torch.testing.assert_close(a[:, :, row], b[:, :, row])
 
 
 def test_lucidrains_interface() -> None:
