@@ -4,11 +4,14 @@ What is otherwise there, and here:
 
 - Where num_landmarks equals segment_means_seq_len, as in all published checkpoints, attention is softmax attention over
   all tokens. Kept.
-- Else the number of tokens has to be segment_means_seq_len there; here it may be any.
+- Else the number of tokens has to be segment_means_seq_len there, and twice as many become two sequences before they
+  raise; here it may be any.
 - `inv_coeff_init_option` raises TypeError there; here it means what it says: a norm of each matrix instead of the
   largest in the batch, on which samples depend.
 - An attention mask raises there, or leaves padding in the landmarks. Here landmarks are laid over the tokens that are
   no padding, and outputs at padding are zeros.
+- Padding enters the convolution there. With landmarks it does not here; beside softmax attention it does, as there.
+- An even conv_kernel_size raises there; here the convolution reaches one token further back than forth.
 - bfloat16 raises there, and works here.
 - Dropout of attention probabilities is made there and never applied. Kept.
 """

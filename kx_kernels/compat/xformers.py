@@ -5,6 +5,7 @@ What was otherwise there, and is here:
 - `causal=True` leaked the future, and dropped values beyond the first num_landmarks; here it raises.
 - A key padding mask that leaves a sequence nothing gave NaN, and outputs at padding were those of keys of zero; here
   both are zeros. Padding entered the convolution there, and does not here.
+- In float16 and bfloat16 the inverse was iterated in these; here it is in float32.
 - A padded sequence differs from the same without padding, as segments are laid over both. Kept: it is the interface's
   convention; `kx_kernels.nystrom_attention` has `landmarks="valid"`.
 """

@@ -58,7 +58,8 @@ def nystrom_attention(
 
     Tensors may have any strides. A sequence with no more than m keys, or queries, gets exact softmax attention. No
     result depends on other sequences (but for `pinv_init="original"`), nor on how much padding there is (for
-    `landmarks="valid"`).
+    `landmarks="valid"`): on the CPU in no bit (but for `pinv_init="pinv"`), on CUDA and Triton up to rounding, as the
+    parts whose sums are added depend on the sizes of the call.
 
     Args:
         num_landmarks: m.
