@@ -1,10 +1,11 @@
-"""The drop-ins for Nyström attention: against formulas in plain torch, and Hugging Face's own code."""
+"""The drop-ins for Nyström attention: against the code of lucidrains and of Hugging Face, and xformers' formula."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 import math
+from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import kx_kernels as kx
 from kx_kernels.compat import nystrom_attention, transformers, xformers
+from kx_kernels.testing.budget import assert_within_budget
 
 
 @pytest.fixture(autouse=True)
@@ -55,68 +57,24 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], x, rtol=1e-8, atol=1e-8 * max(1, x.abs().max().item()), msg=name)
 
 
-class Lucid(nn.Module):
-    """What lucidrains' module computes, over the drop-in's parameters."""
-
-    def __init__(self, of: nystrom_attention.NystromAttention) -> None:
-        super().__init__()
-        self.to_qkv, self.to_out, self.of = of.to_qkv, of.to_out, [of]
-        if of.residual:
-            self.res_conv = of.res_conv
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Any:
-        m, heads, n = self.of[0].num_landmarks, self.of[0].heads, x.shape[1]
-        length = math.ceil(n / m)
-        front = m * length - n
-        if front > 0 and n % m:
-            front = m - n % m
-        x = torch.cat([torch.zeros(x.shape[0], front, x.shape[2]), x], 1)
-        keep = None if mask is None else torch.cat([torch.zeros(x.shape[0], front, dtype=torch.bool), mask], 1)[:, None]
-        q, k, v = (y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in self.to_qkv(x).chunk(3, -1))
-        if keep is not None:
-            q, k, v = (y * keep[..., None] for y in (q, k, v))
-        q = q * q.shape[-1] ** -0.5
-        sums = [y.unflatten(2, (m, length)).sum(3) for y in (q, k)]
-        scores: Any
-        if keep is None:
-            means = [y / length for y in sums]
-            scores = (q @ means[1].mT, means[0] @ means[1].mT, means[0] @ k.mT)
-        else:
-            counts = keep.unflatten(2, (m, length)).sum(3)[..., None]
-            means, alive = [y / (counts + 1e-8) for y in sums], counts[..., 0] > 0
-            low = -torch.finfo(q.dtype).max
-            scores = (
-                (q @ means[1].mT).masked_fill(~(keep[..., None] & alive[..., None, :]), low),
-                (means[0] @ means[1].mT).masked_fill(~(alive[..., None] & alive[..., None, :]), low),
-                (means[0] @ k.mT).masked_fill(~(alive[..., None] & keep[..., None, :]), low),
-            )
-        f, a, b = (y.softmax(-1) for y in scores)
-        z = iterated(a, self.of[0].pinv_iterations, a.sum(-2).max() * a.sum(-1).max())
-        o = f @ z @ (b @ v)
-        if self.of[0].residual:
-            o = o + self.res_conv(v)
-        return self.to_out(o.transpose(1, 2).flatten(2))[:, -n:], (f, z, b)
-
-
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("length", [5, 16, 24, 29])
 @pytest.mark.parametrize("residual", [True, False])
-def test_lucidrains(masked: bool, length: int, residual: bool) -> None:
-    torch.manual_seed(0)
-    ours = nystrom_attention.NystromAttention(12, 4, 3, num_landmarks=8, residual=residual, residual_conv_kernel=5)
+def test_lucidrains_own_code(masked: bool, length: int, residual: bool) -> None:
+    how: dict[str, Any] = {"num_landmarks": 8, "residual": residual, "residual_conv_kernel": 5}
+    theirs = importlib.import_module("nystrom_attention").NystromAttention(12, 4, 3, **how)
+    ours = nystrom_attention.NystromAttention(12, 4, 3, **how)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
     x = 3 * torch.randn(2, length, 12)
     mask = torch.arange(length) < torch.tensor([[length], [max(length // 2, 2)]]) if masked else None
-    theirs = Lucid(ours)
     assert_same(results_and_gradients(ours, x, mask, mask=mask), results_and_gradients(theirs, x, mask, mask=mask))
-    matrices = theirs(x, mask)[1]
-    out, attention = ours(x, mask, return_attn=True)
-    _, found = ours(x, mask, return_attn_matrices=True)
-    torch.testing.assert_close(out, ours(x, mask))
-    rows = slice(None) if mask is None else slice(-length, -length + 2)  # rows that are no padding
-    torch.testing.assert_close(found[0][:, :, rows], matrices[0][:, :, rows])
-    torch.testing.assert_close(found[1], matrices[1])
-    torch.testing.assert_close(found[2], matrices[2])
-    torch.testing.assert_close(attention[:, :, rows], (matrices[0] @ matrices[1] @ matrices[2])[:, :, rows])
+    seen = slice(None) if mask is None else slice(-length, 2 - length)  # rows that are no padding
+    for which, rows in (("return_attn_matrices", (seen, slice(None), slice(None))), ("return_attn", (seen,))):
+        (out, found), (_, wanted) = (module(x, mask, **{which: True}) for module in (ours, theirs))
+        torch.testing.assert_close(out, ours(x, mask))
+        found, wanted = (y if isinstance(y, tuple) else (y,) for y in (found, wanted))
+        for a, b, row in zip(found, wanted, rows, strict=True):
+            torch.testing.assert_close(a[:, :, row], b[:, :, row])
 
 
 def test_lucidrains_interface() -> None:
@@ -135,8 +93,6 @@ def test_lucidrains_interface() -> None:
     }
     with pytest.raises(ValueError, match="eps is 1e-06; expected 1e-8"):
         cls(12, eps=1e-6)
-    half = cls(12, 4, 3, num_landmarks=8).bfloat16()
-    assert half(torch.randn(2, 20, 12, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 def config(**change: Any) -> SimpleNamespace:
@@ -170,10 +126,11 @@ def test_transformers_own_code(landmarks: int, kernel: int | None) -> None:
         for one in (mask, mask.expand(2, 1, 30, 30)):
             for a, b in zip(ours(x, one, True), theirs(x, one, True), strict=True):
                 torch.testing.assert_close(a, b)
+        torch.testing.assert_close(ours(x, (mask[:, 0, 0] == 0).int())[0], theirs(x, mask)[0])
 
 
 def test_transformers_where_the_original_raises() -> None:
-    """Other lengths, masks of every form, norms of each matrix, bfloat16."""
+    """Other lengths, masks of every form, norms of each matrix."""
     ours = transformers.NystromformerSelfAttention(config(inv_coeff_init_option=True))
     x = torch.randn(2, 41, 24)
     mask = torch.zeros(2, 1, 1, 41)
@@ -182,10 +139,13 @@ def test_transformers_where_the_original_raises() -> None:
     torch.testing.assert_close(whole[:1], ours(x[:1])[0])
     torch.testing.assert_close(whole[1:, :23], short)
     assert not whole[1, 23:].any()
-    for other in (mask[:, 0, 0] == 0, mask == 0, mask.expand(2, 1, 41, 41)):
+    padding = mask[:, 0, 0] == 0
+    for other in (padding, padding.long(), mask == 0, mask.expand(2, 1, 41, 41)):
         torch.testing.assert_close(ours(x, other)[0], whole)
     assert ours(x, mask, output_attentions=True)[1].shape == (2, 3, 41, 6)
-    assert ours.bfloat16()(x.bfloat16())[0].dtype == torch.bfloat16
+    for other in (padding.double(), (mask == 0).long()):  # added to scores, or not
+        with pytest.raises(TypeError, match=r"argument 'attention_mask' is a .*; expected bool or integers"):
+            ours(x, other)
     with pytest.raises(ValueError, match=r"hidden size \(25\) is not a multiple"):
         transformers.NystromformerSelfAttention(config(hidden_size=25))
 
@@ -216,7 +176,7 @@ def xformers_formula(
 
 @pytest.mark.parametrize("init", ["per_matrix", "original", "pinv"])
 @pytest.mark.parametrize(("n", "m"), [(24, 8), (29, 8), (8, 8), (7, 9)])
-@pytest.mark.parametrize("masked", ["no", "bool", "additive", "by_head"])
+@pytest.mark.parametrize("masked", ["no", "bool", "additive", "finite", "by_head"])
 def test_xformers(init: str, n: int, m: int, masked: str) -> None:
     heads, batch = 3, 2
     conv = 5 if masked == "no" else None  # with a mask theirs convolves padding as well
@@ -235,7 +195,8 @@ def test_xformers(init: str, n: int, m: int, masked: str) -> None:
         "no": None,
         "bool": keep,
         "additive": additive,
-        "by_head": additive.repeat_interleave(heads, 0)[:, None],
+        "finite": torch.where(keep, 0.0, -1e4),
+        "by_head": additive.clamp(min=torch.finfo(additive.dtype).min).repeat_interleave(heads, 0)[:, None],
     }[masked]
     seen = keep.repeat_interleave(heads, 0)[..., None] if mask is not None else torch.ones(1, 1, 1)
     o = ours(*leaves, key_padding_mask=mask) * seen
@@ -260,6 +221,8 @@ def test_xformers_interface() -> None:
     q = torch.randn(6, 20, 4)
     with pytest.raises(ValueError, match=r"shape \[2, 19\]; expected \[2, 20\] or \[6, 1, 20\]"):
         cls(0.0, 3)(q, q, q, key_padding_mask=torch.ones(2, 19, dtype=torch.bool))
+    with pytest.raises(TypeError, match="argument 'key_padding_mask' is a int64 tensor"):
+        cls(0.0, 3)(q, q, q, key_padding_mask=torch.ones(2, 20, dtype=torch.int64))
     skipping = cls(0.0, 3, 8, v_skip_connection=nn.Identity())
     torch.testing.assert_close(skipping(q, q, q, att_mask=None), cls(0.0, 3, 8)(q, q, q) + q)
     nothing = cls(0.0, 3, 8)(q, q, q, key_padding_mask=torch.zeros(2, 20, dtype=torch.bool))
@@ -281,9 +244,43 @@ def test_layer_is_the_function_between_projections() -> None:
     torch.testing.assert_close(packed, torch.cat([layer(x[:1])[0], layer(x[1:, :17])[0]]))
     layer(x).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
-    half = kx.nn.NystromAttention(24, 3, num_landmarks=6, conv_kernel_size=5, dtype=torch.bfloat16)
-    assert half(x.bfloat16()).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="num_heads is 5"):
         kx.nn.NystromAttention(24, 5)
     with pytest.raises(ValueError, match="conv_kernel_size is 0"):
         kx.nn.NystromAttention(24, 3, conv_kernel_size=0)
+
+
+MODULES: dict[str, Any] = {
+    "layer": lambda: kx.nn.NystromAttention(24, 3, num_landmarks=6, conv_kernel_size=5),
+    "lucidrains": lambda: nystrom_attention.NystromAttention(24, 8, 3, num_landmarks=6, residual_conv_kernel=5),
+    "transformers": lambda: transformers.NystromformerSelfAttention(config()),
+    "transformers_exact": lambda: transformers.NystromformerSelfAttention(config(num_landmarks=30)),
+    "xformers": lambda: xformers.NystromAttention(0.0, 3, 6, conv_kernel_size=5),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+def test_half_precision(name: str, dtype: torch.dtype, autocast: bool) -> None:
+    """A module in half precision, and one in float32 under autocast: outputs, gradients of inputs and parameters."""
+    if autocast and name == "xformers":
+        pytest.skip("has no projections, which are what autocast sees")
+    held = torch.float32 if autocast else dtype
+    module = MODULES[name]().to(held)
+    x = torch.randn(3, 40, 24).to(held)
+
+    def results(at: torch.dtype, backend: str) -> list[Tensor]:
+        copy, leaf = deepcopy(module).to(at), x.detach().to(at).requires_grad_()
+        with kx.backend(backend), torch.autocast("cpu", dtype, enabled=autocast and at == held):
+            out = copy(*(leaf,) * (3 if name == "xformers" else 1))
+        out = out[0] if isinstance(out, tuple) else out
+        leaves = [leaf, *copy.parameters()]
+        weight = torch.linspace(-1, 1, out.numel()).view(out.shape).to(out.dtype)
+        return [out.detach(), *torch.autograd.grad(out, leaves, weight)]
+
+    found, eager, exact = results(held, "cpu"), results(held, "reference"), results(torch.float64, "reference")
+    assert found[0].dtype == dtype
+    for i, (a, b, c) in enumerate(zip(found, exact, eager, strict=True)):
+        assert a.isfinite().all()
+        assert_within_budget(a, b, c, f"result {i}")

@@ -9,6 +9,7 @@ What is otherwise there, and here:
   to padding in returned attentions are zeros as well. A sample of nothing but padding is zeros.
 - A module in float16 or bfloat16 raises there without autocast, and works here, the inverse being in float32.
 - `return_attn` makes n × n attentions; `kx_kernels.nystrom_attention(return_factors=True)` does without.
+- `eps` may be any number there; here 1e-8, its default, or ValueError.
 - An even `residual_conv_kernel` raises there; here the convolution reaches one token further back than forth.
 """
 

@@ -4,11 +4,14 @@ What is otherwise there, and here:
 
 - Where num_landmarks equals segment_means_seq_len, as in all published checkpoints, attention is softmax attention over
   all tokens. Kept.
-- Else the number of tokens has to be segment_means_seq_len there; here it may be any.
+- Else the number of tokens has to be segment_means_seq_len there, and twice as many become two sequences before they
+  raise; here it may be any.
 - `inv_coeff_init_option` raises TypeError there; here it means what it says: a norm of each matrix instead of the
   largest in the batch, on which samples depend.
 - An attention mask raises there, or leaves padding in the landmarks. Here landmarks are laid over the tokens that are
   no padding, and outputs at padding are zeros.
+- Padding enters the convolution there. With landmarks it does not here; beside softmax attention it does, as there.
+- An even conv_kernel_size raises there; here the convolution reaches one token further back than forth.
 - bfloat16 raises there, and works here.
 - Dropout of attention probabilities is made there and never applied. Kept.
 """
@@ -21,7 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._core.checks import reject
 from ..ops.nystrom_attention.api import nystrom_attention
+from ._masks import kept
 
 
 class NystromformerSelfAttention(nn.Module):
@@ -59,9 +64,11 @@ class NystromformerSelfAttention(nn.Module):
         """(context [B, n, hidden],), with `output_attentions` also the probabilities [B, H, n, n], or F·Z [B, H, n, m].
 
         Args:
-            attention_mask: [B, 1, 1 or n, n] or [B, n], bool (True keeps) or added to scores. With landmarks it tells
-                which keys are padding, and nothing else.
+            attention_mask: [B, 1, 1 or n, n], bool (True keeps) or added to scores; or [B, n], bool or integers, 0 for
+                padding, as the library's models are given it. With landmarks it tells which keys are padding, and
+                nothing else. Other dtypes raise TypeError.
         """
+        attention_mask = _by_score(attention_mask)
         heads = (self.num_attention_heads, self.attention_head_size)
         q, k, v = (project(hidden_states).unflatten(-1, heads) for project in (self.query, self.key, self.value))
         weight = None if self.conv_kernel_size is None else self.conv.weight
@@ -88,7 +95,6 @@ class NystromformerSelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if mask is not None:
-            mask = mask[:, None, None] if mask.dim() == 2 else mask
             mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
         context, probs = F.scaled_dot_product_attention(q, k, v, attn_mask=mask), None
         if output_attentions:
@@ -99,9 +105,21 @@ class NystromformerSelfAttention(nn.Module):
         return context.transpose(1, 2), probs
 
 
-def _kept_keys(mask: Tensor | None, n: int) -> Tensor | None:
-    """[B, n] of a mask that is added to scores, or is bool: the keys that some query sees."""
+def _by_score(mask: Tensor | None) -> Tensor | None:
+    """[B, 1, 1 or n, n], bool or added to scores. Floats [B, n] are refused: they could be either's."""
     if mask is None:
         return None
-    kept = mask if mask.dtype == torch.bool else mask > -1000
-    return kept.reshape(kept.shape[0], -1, n).any(1)
+    if mask.dim() == 2 and not mask.is_floating_point():
+        return mask.bool()[:, None, None]
+    if mask.dim() == 2 or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        wanted = "bool or integers [B, n], or bool or floats [B, 1, 1 or n, n] that are added to scores"
+        reject("NystromformerSelfAttention", "attention_mask", mask, wanted, TypeError)
+    return mask
+
+
+def _kept_keys(mask: Tensor | None, n: int) -> Tensor | None:
+    """[B, n] of a mask by score: the keys that some query sees."""
+    if mask is None:
+        return None
+    seen = kept("NystromformerSelfAttention", "attention_mask", mask)
+    return seen.reshape(seen.shape[0], -1, n).any(1)

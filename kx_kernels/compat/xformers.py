@@ -5,6 +5,7 @@ What was otherwise there, and is here:
 - `causal=True` leaked the future, and dropped values beyond the first num_landmarks; here it raises.
 - A key padding mask that leaves a sequence nothing gave NaN, and outputs at padding were those of keys of zero; here
   both are zeros. Padding entered the convolution there, and does not here.
+- In float16 and bfloat16 the inverse was iterated in these; here it is in float32.
 - A padded sequence differs from the same without padding, as segments are laid over both. Kept: it is the interface's
   convention; `kx_kernels.nystrom_attention` has `landmarks="valid"`.
 """
@@ -13,10 +14,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..ops.nystrom_attention.api import nystrom_attention
+from ._masks import kept
 
 
 class NystromAttention(nn.Module):
@@ -78,7 +79,8 @@ class NystromAttention(nn.Module):
 
         Args:
             key_padding_mask: [B, n], or [B·H, 1, n] with the same for all heads of a sequence; bool (True keeps), or
-                added to scores (−∞ for padding). Another shape raises ValueError.
+                added to scores (−∞ for padding, or −1000 and less). It tells which keys are padding, and nothing
+                else. Another shape raises ValueError, integers TypeError.
         """
         q, k, v = (x.unflatten(0, (-1, self.num_heads)).transpose(1, 2) for x in (q, k, v))  # [B, n, H, d]
         weight = self.skip_connection.weight if self.convolves and self.skip_connection is not None else None
@@ -111,4 +113,4 @@ class NystromAttention(nn.Module):
                 f"NystromAttention: key_padding_mask has shape {list(mask.shape)}; expected [{batch}, {n}] or "
                 f"[{batch * self.num_heads}, 1, {n}]"
             )
-        return mask if mask.dtype == torch.bool else ~mask.isneginf()
+        return kept("NystromAttention", "key_padding_mask", mask)

@@ -378,12 +378,12 @@ class _Counts:
         if x == "none":
             return 1.0, None
         if x == "dim":
-            return self.q.shape[3] ** -0.5, None
+            return torch.sym_float(self.q.shape[3]) ** -0.5, None
         power = 2 if x == "length_squared" else 1
         if self.cu_seqlens is None and (
             x.startswith("length") or (self.key_mask is None and (x == "valid" or not self.causal))
         ):
-            return 1 / max(self.k.shape[1], 1) ** power, None
+            return 1 / torch.sym_float(max(self.k.shape[1], 1)) ** power, None
         count = self._by_row(x.removesuffix("_squared")).to(self.wide) ** power
         return 1.0, torch.where(count > 0, 1 / count.clamp(min=1), 0).expand(self.q.shape[:2]).contiguous()
 

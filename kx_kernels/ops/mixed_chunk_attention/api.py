@@ -307,11 +307,11 @@ def _factor(
     if x == "none":
         return 1.0, None
     if x == "dim":
-        return p.quad_q.shape[3] ** -0.5, None
+        return torch.sym_float(p.quad_q.shape[3]) ** -0.5, None
     if x == "chunk":
         return 1 / p.chunk_size, None
     if p.cu_seqlens is None and linear and (x == "length" or (p.key_mask is None and not p.causal)):
-        return 1 / max(length, 1), None
+        return 1 / torch.sym_float(max(length, 1)), None
     count = _count(p, x, linear).to(p.wide)
     return 1.0, torch.where(count > 0, 1 / count.clamp(min=1), 0).expand(batch, length).contiguous()
 

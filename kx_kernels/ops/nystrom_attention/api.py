@@ -58,7 +58,8 @@ def nystrom_attention(
 
     Tensors may have any strides. A sequence with no more than m keys, or queries, gets exact softmax attention. No
     result depends on other sequences (but for `pinv_init="original"`), nor on how much padding there is (for
-    `landmarks="valid"`).
+    `landmarks="valid"`): on the CPU in no bit (but for `pinv_init="pinv"`), on CUDA and Triton up to rounding, as the
+    parts whose sums are added depend on the sizes of the call.
 
     Args:
         num_landmarks: m.
@@ -174,7 +175,7 @@ def _checked(
     for name, value, names in (("pinv_init", pinv_init, INITS), ("landmarks", landmarks, CONVENTIONS)):
         if value not in names:
             reject(OP, name, value, f"one of {', '.join(map(repr, names))}")
-    scale = q.shape[-1] ** -0.5 if scale is None else _number("scale", scale)
+    scale = torch.sym_float(q.shape[-1]) ** -0.5 if scale is None else _number("scale", scale)
     if _number("ridge", ridge) < 0:
         reject(OP, "ridge", ridge, "0 or more")
 
