@@ -162,6 +162,18 @@ def test_padding_never_leaks(lane: Any, how: dict[str, Any], garbage: float) -> 
         assert not a[~mask].any()
 
 
+def test_lengths_are_a_mask(lane: Any, how: dict[str, Any]) -> None:
+    q, k, v, gate = inputs(lane)
+    lengths = torch.tensor([13, 0], device=lane.device)
+    mask = torch.arange(20, device=lane.device) < lengths[:, None]
+    for queries in (20, 7):
+        rows = (q[:, :queries], k, v, gate[:, :queries])
+        o = attend(*rows, lengths=lengths, **how)
+        assert o.any()
+        assert same_bits(o, attend(*rows, key_padding_mask=mask, **how))
+        assert same_bits(o, attend(*rows, lengths=lengths.clamp(max=13).int(), **how))
+
+
 def test_padding_length_changes_nothing(lane: Any, how: dict[str, Any]) -> None:
     q, k, v, gate = inputs(lane)
     mask = torch.arange(29, device=lane.device).expand(2, 29) < 20

@@ -208,6 +208,14 @@ def test_garbage_in_padding_changes_nothing(lane: Any, how: dict[str, Any], garb
         assert not a[~mask].any()
 
 
+def test_lengths_are_a_mask(lane: Any, how: dict[str, Any]) -> None:
+    tensors, lengths = inputs(lane), torch.tensor([13, 0], device=lane.device)
+    mask = torch.arange(20, device=lane.device) < lengths[:, None]
+    o = attend(*tensors, lengths=lengths, **how)
+    assert o.any()
+    assert same_bits(o, attend(*tensors, key_padding_mask=mask, **how))
+
+
 @pytest.mark.parametrize("more", [3, 9, 20])
 def test_padding_length_changes_nothing(lane: Any, how: dict[str, Any], more: int) -> None:
     tensors = inputs(lane)

@@ -163,6 +163,7 @@ def test_flash_pads_and_packs(causal: bool) -> None:
     mask = torch.arange(20) < torch.tensor(lengths)[:, None]
     garbage = torch.where(mask[..., None], x, torch.nan)
     padded = layer(garbage, key_padding_mask=mask)
+    assert torch.equal(layer(garbage, lengths=torch.tensor(lengths)), padded)
     packed = layer(torch.cat([x[0], x[1, :13]]), cu_seqlens=torch.tensor([0, 20, 33], dtype=torch.int32))
     for i, n in enumerate(lengths):
         torch.testing.assert_close(padded[i, :n], alone[i])
@@ -223,6 +224,7 @@ def test_unit_is_its_formula(name: str) -> None:
     keep = torch.ones(2, 20, dtype=torch.bool)
     keep[0, 13:] = False
     out = unit(x, key_padding_mask=keep)
+    assert torch.equal(unit(x, lengths=keep.sum(1)), out)
     torch.testing.assert_close(out[0, :13], formula(x[0, :13]), rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(out[0, 13:], unit.out_proj(torch.zeros(7, unit.expand_dim, dtype=x.dtype)))
     ends = torch.tensor([0, 20, 33], dtype=torch.int32)

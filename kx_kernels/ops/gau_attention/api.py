@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._core import dispatch
-from ..._core.checks import FLOATS, INDICES, Description, bound, check_int, check_tensor, reject
+from ..._core.checks import FLOATS, INDICES, Description, bound, check_int, check_lengths, check_tensor, reject
+from ..._core.padding import mask_of
 from ..rope.api import rope as rotate
 from ._backends import OPERATOR, backends
 from ._problem import GauProblem
@@ -37,6 +38,7 @@ def gau_attention(
     rope_interleaved: bool = True,
     key_padding_mask: Tensor | None = None,
     query_padding_mask: Tensor | None = None,
+    lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     workspace: int = 64 << 20,
@@ -58,6 +60,8 @@ def gau_attention(
     | `key_padding_mask`           | [B, n_k], or [total] packed          | bool         | False: padding            |
     | `query_padding_mask`         | [B, n_q], or [total] packed          | bool         | None: that of keys where  |
     |                              |                                      |              | n_q = n_k                 |
+    | `lengths`                    | [B]                                  | int32, int64 | keys of each sequence, in |
+    |                              |                                      |              | place of a mask           |
     | `cu_seqlens`, `cu_seqlens_k` | [N + 1]                              | int32        | ends of packed sequences; |
     |                              |                                      |              | of keys, if others        |
 
@@ -104,6 +108,7 @@ def gau_attention(
         "rope_interleaved": rope_interleaved,
         "key_padding_mask": key_padding_mask,
         "query_padding_mask": query_padding_mask,
+        "lengths": lengths,
         "cu_seqlens": cu_seqlens,
         "cu_seqlens_k": cu_seqlens_k,
         "workspace": workspace,
@@ -149,6 +154,7 @@ def _checked(
     rope_interleaved: bool,
     key_padding_mask: Tensor | None,
     query_padding_mask: Tensor | None,
+    lengths: Tensor | None,
     cu_seqlens: Tensor | None,
     cu_seqlens_k: Tensor | None,
     workspace: int,
@@ -181,6 +187,9 @@ def _checked(
         reject(OP, "workspace", workspace, "bytes, 0 or more")
 
     cu_seqlens, cu_seqlens_k = _checked_ends(q, k, cu_seqlens, cu_seqlens_k)
+    if lengths is not None:
+        check_lengths(OP, lengths, k, cu_seqlens, key_padding_mask)
+        key_padding_mask = mask_of(lengths, k.shape[1])
     masks = []
     for name, mask, like in (
         ("query_padding_mask", query_padding_mask, q),

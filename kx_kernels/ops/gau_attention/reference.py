@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..._core.padding import mask_of
 from ..._core.rounding import HeldGradient
 from ..rope.reference import rope as rotate
 from .presets import SOFTMAXES, resolve
@@ -50,6 +51,7 @@ def gau_attention(
     rope_interleaved: bool = True,
     key_padding_mask: Tensor | None = None,
     query_padding_mask: Tensor | None = None,
+    lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
@@ -81,6 +83,7 @@ def _attend(
     rope_interleaved: bool,
     key_padding_mask: Tensor | None,
     query_padding_mask: Tensor | None,
+    lengths: Tensor | None,
     cu_seqlens: Tensor | None,
     cu_seqlens_k: Tensor | None,
     held: torch.dtype | None,
@@ -101,6 +104,8 @@ def _attend(
         apart = place_k[None, :] - place_q[:, None]  # [n_q, n_k]
         keep_k = torch.ones(batch, n_k, dtype=torch.bool, device=q.device)
         keep_q = torch.ones(batch, n_q, dtype=torch.bool, device=q.device)
+        if lengths is not None:
+            key_padding_mask = mask_of(lengths, n_k)
         if key_padding_mask is not None:
             keep_k = key_padding_mask.reshape(batch, n_k)
             if query_padding_mask is None and n_q == n_k:

@@ -41,6 +41,7 @@ class GauCase:
     rope: str = "none"  # "none", "interleaved", "half" (with an offset by sequence)
     padding: str = "none"  # "none", "left", "right", "holes" (a sequence of nothing but padding among them)
     query_padding: bool = False  # rows of its own
+    by_lengths: bool = False  # the padding on the right as `lengths`
     lengths: tuple[int, ...] | None = None  # of packed sequences
     key_lengths: tuple[int, ...] | None = None  # where they differ
     surplus: int = 0  # packed rows before the first sequence and past the last
@@ -100,7 +101,10 @@ def make(case: GauCase, dtype: torch.dtype, device: torch.device, seed: int) -> 
         keep = {"left": row >= short, "right": row < n_k - short, "holes": (row + short) % 4 != 0}[case.padding]
         if case.padding == "holes" and case.batch > 1:
             keep[-1] = False
-        call["key_padding_mask"] = keep[0] if packed else keep
+        if case.by_lengths:
+            call["lengths"] = keep.sum(1)
+        else:
+            call["key_padding_mask"] = keep[0] if packed else keep
     if case.query_padding:
         keep = torch.ones(*lead, n_q, dtype=torch.bool, device=device)
         keep[..., ::3] = False
@@ -135,6 +139,8 @@ CASES = {
     "padding_left": replace(PLAIN, padding="left", causal=True),
     "padding_right": replace(PLAIN, padding="right"),
     "padding_holes": replace(PLAIN, padding="holes", causal=True),
+    "lengths": replace(PLAIN, padding="right", by_lengths=True, causal=True),
+    "lengths_cross": replace(PLAIN, queries=5, keys=13, padding="right", by_lengths=True, normalizer="sum"),
     "cross": replace(PLAIN, queries=5, keys=13, causal=True),
     "cross_longer": replace(PLAIN, queries=13, keys=5, causal=True),  # the first queries see nothing
     "cross_padding": replace(PLAIN, queries=5, keys=13, padding="holes", query_padding=True),
@@ -252,6 +258,19 @@ BAD_CALLS = (
     BadCall(
         "cu_seqlens_k_alone", _set(cu_seqlens_k=torch.zeros(2, dtype=torch.int32)), ValueError, "cu_seqlens_k", "None"
     ),
+    BadCall("lengths_dtype", _set(lengths=torch.ones(2)), TypeError, "lengths", "dtype int32 or int64"),
+    BadCall("lengths_shape", _set(lengths=torch.ones(3, dtype=torch.int32)), ValueError, "lengths", r"shape \[2\]"),
+    BadCall(
+        "lengths_packed", _packed([0, 9], lengths=torch.ones(1, dtype=torch.int32)), ValueError, "lengths", "None, as"
+    ),
+    BadCall(
+        "lengths_and_mask",
+        _set(lengths=torch.ones(2, dtype=torch.int32), key_padding_mask=torch.ones(2, 9, dtype=torch.bool)),
+        ValueError,
+        "lengths",
+        "None, as cu_seqlens or key_padding_mask",
+    ),
+    BadCall("lengths_device", _set(lengths=torch.ones(2).int().to("meta")), ValueError, "lengths", "the device of"),
     BadCall("cu_seqlens_dtype", _packed(torch.zeros(2)), TypeError, "cu_seqlens", "dtype int32"),
     BadCall("cu_seqlens_large", _packed([0, 5, 10]), ValueError, "cu_seqlens", "the number of rows, 9"),
     BadCall("cu_seqlens_descending", _packed([0, 5, 3]), ValueError, "cu_seqlens", "ascending"),

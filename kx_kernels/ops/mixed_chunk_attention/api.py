@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._core import dispatch
-from ..._core.checks import FLOATS, INDICES, Description, bound, check_int, check_tensor, reject
+from ..._core.checks import FLOATS, INDICES, Description, bound, check_int, check_lengths, check_tensor, reject
+from ..._core.padding import mask_of
 from ..rope.api import rope as rotate
 from ._backends import OPERATOR, backends
 from ._problem import MixedProblem
@@ -40,6 +41,7 @@ def mixed_chunk_attention(
     rope_interleaved: bool = True,
     key_padding_mask: Tensor | None = None,
     query_padding_mask: Tensor | None = None,
+    lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -63,6 +65,8 @@ def mixed_chunk_attention(
     | `rope_offset`        | int, or [B] or [N] packed          | int32, int64 | place of the first token       |
     | `key_padding_mask`   | [B, n], or [n] packed              | bool         | False: padding                 |
     | `query_padding_mask` | [B, n], or [n] packed              | bool         | None: that of keys             |
+    | `lengths`            | [B]                                | int32, int64 | keys of each sequence, in      |
+    |                      |                                    |              | place of a mask                |
     | `cu_seqlens`         | [N + 1]                            | int32        | ends of packed sequences, each |
     |                      |                                    |              | of which begins a chunk        |
 
@@ -132,6 +136,7 @@ def _checked(
     rope_interleaved: bool,
     key_padding_mask: Tensor | None,
     query_padding_mask: Tensor | None,
+    lengths: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> MixedProblem:
     """The call as a MixedProblem, or the error that names what is wrong with it."""
@@ -146,6 +151,9 @@ def _checked(
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
             reject(OP, "cu_seqlens", cu_seqlens, "shape [N + 1], one more than there are sequences")
         cu_seqlens = cu_seqlens.contiguous()
+    if lengths is not None:
+        check_lengths(OP, lengths, v, cu_seqlens, key_padding_mask)
+        key_padding_mask = mask_of(lengths, v.shape[1])
     rows = v.shape[:-2]
     for name, mask in (("key_padding_mask", key_padding_mask), ("query_padding_mask", query_padding_mask)):
         if mask is not None:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..._core.padding import mask_of
 from ..._core.rounding import HeldGradient
 from ..gau_attention.reference import activate
 from ..rope.reference import rope as rotate
@@ -39,6 +40,7 @@ def mixed_chunk_attention(
     rope_interleaved: bool = True,
     key_padding_mask: Tensor | None = None,
     query_padding_mask: Tensor | None = None,
+    lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Attention within chunks and between them; `kx_kernels.mixed_chunk_attention` documents the arguments."""
@@ -81,6 +83,7 @@ def _attend(
     rope_interleaved: bool,
     key_padding_mask: Tensor | None,
     query_padding_mask: Tensor | None,
+    lengths: Tensor | None,
     cu_seqlens: Tensor | None,
     held: torch.dtype | None,
 ) -> Tensor:
@@ -103,6 +106,8 @@ def _attend(
             return F.pad(x, (0, 0) * (x.dim() - 2) + (0, short)).unflatten(1, (chunks, size))
 
         everywhere = torch.ones(batch, length, dtype=torch.bool, device=v.device)
+        if lengths is not None:
+            key_padding_mask = mask_of(lengths, length)
         keep_k = everywhere if key_padding_mask is None else key_padding_mask.reshape(batch, length)
         keep_q = keep_k if query_padding_mask is None else query_padding_mask.reshape(batch, length)
         qq, lq = (torch.where(keep_q[..., None, None], x.to(exact), 0) for x in (quad_q, lin_q))
