@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import kx_kernels as kx
+from kx_kernels.testing.budget import assert_within_budget
 
 LAYERS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -258,6 +259,18 @@ def test_unit_trains_in_bfloat16_and_under_autocast() -> None:
         assert out.dtype == torch.bfloat16
         out.float().square().sum().backward()
         assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in (x, *unit.parameters()))
+
+
+def test_unit_goes_on_under_autocast() -> None:
+    """A cache made before a dtype is known takes that of the first tokens."""
+    unit = kx.nn.GatedAttentionUnit(16, key_dim=8, causal=True)
+    x = torch.randn(2, 5, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = unit.new_cache(2, 3)
+        out = torch.cat([unit.step(x[:, t : t + 1], cache) for t in range(5)], 1)
+        whole = unit(x)
+    assert cache.keys.dtype == cache.values.dtype == torch.bfloat16
+    assert_within_budget(out, unit.double()(x.double()), whole, "outputs")
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ class GatedAttentionCache:
 
     def append(self, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
         """Further tokens [B, T, ·]."""
+        if self.length == 0:  # under autocast they are not as the weights
+            self.keys, self.values = self.keys.to(keys.dtype), self.values.to(values.dtype)
         end = self.length + keys.shape[1]
         if end > self.keys.shape[1]:
             more = max(end, 2 * self.keys.shape[1]) - self.keys.shape[1]
@@ -132,7 +134,7 @@ class GatedAttentionUnit(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> GatedAttentionCache:
-        """The cache before the first token, with memory for so many of them; by default as the weights are."""
+        """The cache before the first token, with memory for so many of them. The first tokens decide its dtype."""
         device = self.gamma.device if device is None else device
         kind: Any = {"device": device, "dtype": self.gamma.dtype if dtype is None else dtype}
         keys, values = (torch.zeros(batch, capacity, width, **kind) for width in (self.key_dim, self.expand_dim))
