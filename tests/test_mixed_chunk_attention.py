@@ -208,6 +208,26 @@ def test_garbage_in_padding_changes_nothing(lane: Any, how: dict[str, Any], garb
         assert not a[~mask].any()
 
 
+@pytest.mark.parametrize("name", ["scale", "bias_scale", "normalizer", "lin_normalizer"])
+def test_factors_of_rows_without_keys_never_leak(lane: Any, name: str) -> None:
+    """Whatever they are, of padding and of rows whose sum has no key: the same bits, gradients included."""
+    keys, queries = torch.ones(2, 2, 20, dtype=torch.bool, device=lane.device)
+    keys[0, 13:], queries[0, 13:], keys[1, :11] = False, False, False
+    seen = keys.clone()
+    if name == "lin_normalizer":  # of the chunks before
+        seen[0, :8], seen[1, :16] = False, False
+    results = []
+    for fill in (1.0, torch.inf, torch.nan):
+        leaves = [x.requires_grad_() for x in (*inputs(lane), torch.linspace(-1, 1, 15, device=lane.device))]
+        how: dict[str, Any] = {"causal": True, "key_padding_mask": keys, "query_padding_mask": queries}
+        how[name] = torch.where(seen, 0.3, fill)
+        out = attend(*leaves[:6], bias=leaves[6], chunk_size=8, backend=lane.backend, **how)
+        results.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+    for clean, *others in zip(*results, strict=True):
+        assert clean.isfinite().all()
+        assert all(same_bits(clean, x) for x in others)
+
+
 def test_lengths_are_a_mask(lane: Any, how: dict[str, Any]) -> None:
     tensors, lengths = inputs(lane), torch.tensor([13, 0], device=lane.device)
     mask = torch.arange(20, device=lane.device) < lengths[:, None]

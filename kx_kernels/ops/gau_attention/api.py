@@ -74,8 +74,8 @@ def gau_attention(
             "rtmpose" or "hstu". It stands for the four arguments below where they are None.
         activation: f: "relu2", "relu", "silu", "sigmoid", "laplace" or "identity"; "softmax" and "softmax_plus" are
             served by torch's scaled_dot_product_attention, with n_q × n_k masks, no normalizer and no other backend.
-        scale: a: a number, "dim" (1/√s), "length" (1/n_k), "valid" (1 / keys of the sequence that are no padding), or a
-            tensor [B, n_q] ([total] packed).
+        scale: a: a number, "dim" (1/√s), "length" (1/n_k), "valid" (1 / keys of the sequence that are no padding),
+            "visible" (1 / keys that the query sees), or a tensor [B, n_q] ([total] packed).
         normalizer: 1/c: "visible" (keys that the query sees), "valid", "length", "length_squared", "sum" (of the row's
             scores f), "none" or a number; or c itself as a tensor [B, n_q]. Where 1/c is 0, c is.
         bias_scale: b, as scale.
@@ -344,10 +344,11 @@ def _turned(
     return out[0], out[1]
 
 
-def _sequence(x: Tensor, ends: Tensor) -> Tensor:
-    """[n]: the packed sequence that a row is of, or the nearest."""
+def _sequence(x: Tensor, ends: Tensor, none: int | None = None) -> Tensor:
+    """[n]: the packed sequence that a row is of; for rows of none `none`, or the nearest."""
     row = torch.arange(x.shape[1], device=x.device)
-    return (torch.searchsorted(ends, row, right=True) - 1).clamp(0, max(ends.shape[0] - 2, 0))
+    nearest = (torch.searchsorted(ends, row, right=True) - 1).clamp(0, max(ends.shape[0] - 2, 0))
+    return nearest if none is None else torch.where((row >= ends[0]) & (row < ends[-1]), nearest, none)
 
 
 def _places(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -381,7 +382,8 @@ class _Counts:
     def factor(self, x: float | str | Tensor, inverse: bool) -> tuple[float, Tensor | None]:
         """A number, and one by row [B, n_q] or None, whose product is what x says; for `inverse` numbers are theirs."""
         if isinstance(x, Tensor):
-            return 1.0, x.to(self.wide).reshape(self.q.shape[:2])
+            by_row = x.to(self.wide).reshape(self.q.shape[:2])
+            return 1.0, torch.where(self.sees_keys(), by_row, 0)  # or 0 · inf would reach gradients
         if not isinstance(x, str):
             return (float(x) if inverse else 1 / x), None
         if x == "none":
@@ -395,6 +397,11 @@ class _Counts:
             return 1 / max(self.k.shape[1], 1) ** power, None
         count = self._by_row(x.removesuffix("_squared")).to(self.wide) ** power
         return 1.0, torch.where(count > 0, 1 / count.clamp(min=1), 0).expand(self.q.shape[:2]).contiguous()
+
+    def sees_keys(self) -> Tensor:
+        """bool [B or 1, n_q]: queries that are no padding and see a key."""
+        seen = self._by_row("visible") > 0
+        return seen if self.query_mask is None else seen & self.query_mask
 
     def _by_row(self, name: str) -> Tensor:
         """[B or 1, n_q]"""
@@ -423,12 +430,8 @@ def _by_softmax(p: GauProblem, how: Preset) -> Tensor:
     apart = place_k[None, :] - place_q[:, None]
     visible = torch.ones_like(apart, dtype=torch.bool)[None]  # [B or 1, n_q, n_k]
     if p.cu_seqlens is not None and p.cu_seqlens_k is not None:
-        inside = [
-            (torch.arange(x.shape[1], device=x.device)[:, None] >= ends[:-1])
-            & (torch.arange(x.shape[1], device=x.device)[:, None] < ends[1:])
-            for x, ends in ((p.q, p.cu_seqlens), (p.k, p.cu_seqlens_k))
-        ]
-        visible = (inside[0][:, None, :] & inside[1][None, :, :]).any(-1)[None]
+        of_q, of_k = _sequence(p.q, p.cu_seqlens, none=-1), _sequence(p.k, p.cu_seqlens_k, none=-2)
+        visible = (of_q[:, None] == of_k)[None]
     if p.causal:
         visible = visible & (apart <= 0)
     if p.key_mask is not None:

@@ -122,9 +122,13 @@ def _attend(
             "length": torch.full((batch, n_q), n_k, dtype=exact, device=q.device),
         }
 
+        def by_row(x: Tensor) -> Tensor:
+            """[B, n_q], 0 for rows that see no key, where 0 · inf would reach gradients."""
+            return torch.where(visible.any(2), x.to(exact).reshape(batch, n_q), 0)
+
         def factor(x: float | str | Tensor) -> Tensor | float:
             if isinstance(x, Tensor):
-                return x.to(exact).reshape(batch, 1, n_q, 1)
+                return by_row(x)[:, None, :, None]
             if x == "dim":
                 return dim**-0.5
             return _inverse(counts[x])[:, None, :, None] if isinstance(x, str) else x
@@ -159,7 +163,7 @@ def _attend(
             p = p.to(held).to(exact)
         o = torch.einsum("bhij,bjhe->bihe", p, values)
         if isinstance(c, Tensor):
-            o = o * c.to(exact).reshape(batch, n_q, 1, 1)
+            o = o * by_row(c)[..., None, None]
         elif c == "sum":
             o = o * _inverse(p.sum(-1)).transpose(1, 2)[..., None]
         elif c == "length_squared":

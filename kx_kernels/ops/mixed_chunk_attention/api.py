@@ -308,8 +308,10 @@ def _factor(
 ) -> tuple[float, Tensor | None]:
     """A number, and one by row [B, n] or None, whose product is what x says, or 1 / x for a number x if `inverse`."""
     batch, length = p.v.shape[:2]
-    if isinstance(x, Tensor):
-        return 1.0, x.to(p.wide).reshape(batch, length)
+    if isinstance(x, Tensor):  # of rows whose sum has a key: 0 · inf would reach gradients
+        seen = _count(p, "visible", linear) > 0
+        seen = seen if p.query_mask is None else seen & p.query_mask
+        return 1.0, torch.where(seen, x.to(p.wide).reshape(batch, length), 0)
     if not isinstance(x, str):
         return 1 / x if inverse else float(x), None
     if x == "none":

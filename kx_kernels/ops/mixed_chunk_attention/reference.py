@@ -137,8 +137,8 @@ def _attend(
 
         def factor(x: float | str | Tensor, counts: dict[str, Tensor]) -> Tensor | float:
             """A number, or one by row: [B, G, size]."""
-            if isinstance(x, Tensor):
-                return chunked(x.to(exact).reshape(batch, length))
+            if isinstance(x, Tensor):  # of rows whose sum has a key: 0 · inf would reach gradients
+                return torch.where(rows & (counts["visible"] > 0), chunked(x.to(exact).reshape(batch, length)), 0)
             if not isinstance(x, str):
                 return x
             if x in counts:
@@ -155,13 +155,13 @@ def _attend(
         def times(x: Tensor, factor: Tensor | float) -> Tensor:
             return x * (factor[..., None, None] if isinstance(factor, Tensor) else factor)
 
-        scores = times(torch.einsum("bgihs,bgjhs->bgihj", qq, qk), factor(a, {}))
+        scores = times(torch.einsum("bgihs,bgjhs->bgihj", qq, qk), factor(a, counts))
         if bias is not None:
             middle = bias.shape[-1] // 2
             distances = (
                 bias.to(exact).reshape(-1, bias.shape[-1])[:, apart + middle].transpose(0, 1)
             )  # [size, 1 or H, size]
-            scores = scores + times(distances.expand(scores.shape), factor(b, {}))
+            scores = scores + times(distances.expand(scores.shape), factor(b, counts))
         seen = seen[..., None, :]
         p = hold(torch.where(seen, activate(torch.where(seen, hold_gradient(scores), 0), f), 0))
         if not isinstance(c, (str, Tensor)):
