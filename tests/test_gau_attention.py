@@ -272,6 +272,18 @@ def test_rows_that_see_nothing_are_zero(lane: Any, how: dict[str, Any]) -> None:
     assert not any(g[1].any() for g in grads)
 
 
+@pytest.mark.parametrize("activation", ["relu2", "relu"])
+def test_nan_of_a_token_is_seen(lane: Any, activation: str) -> None:
+    """A query or a key that holds NaN gives NaN in every row that sees it, and nowhere else."""
+    for name in (0, 1):
+        leaves = inputs(lane)
+        leaves[name][0, 13] = torch.nan
+        out = attend(*leaves, activation=activation, causal=True, backend=lane.backend)
+        rows = torch.zeros(2, 20, dtype=torch.bool, device=lane.device)
+        rows[0, 13 : 14 if name == 0 else 20] = True
+        assert torch.equal(out.isnan(), rows[..., None, None].expand_as(out))
+
+
 @pytest.mark.parametrize("size", [2.0**-10, 2.0**-4, 2.0**8])
 def test_half_holds_every_score(lane: Any, size: float) -> None:
     """Squared relu of x·2ⁿ is that of x times 4ⁿ: the same bits, though float16 holds neither 2⁻⁴⁰ nor 2⁴⁰."""

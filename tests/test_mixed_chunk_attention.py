@@ -262,6 +262,35 @@ def test_packed_sequences_are_sequences(lane: Any, how: dict[str, Any]) -> None:
             assert_close_in_float32(packed[first:last], alone)
 
 
+@pytest.mark.parametrize("activation", ["relu2", "relu"])
+def test_nan_of_a_token_is_seen(lane: Any, activation: str) -> None:
+    """A query or a key that holds NaN gives NaN in every row whose sum has it, and nowhere else."""
+    rows_of = (slice(9, 10), slice(9, 16), slice(9, 10), slice(16, 20))  # of chunks of 8
+    for name, rows in enumerate(rows_of):
+        leaves = inputs(lane)
+        leaves[name][0, 9] = torch.nan
+        out = attend(*leaves, activation=activation, causal=True, chunk_size=8, backend=lane.backend)
+        holds = torch.zeros(2, 20, dtype=torch.bool, device=lane.device)
+        holds[0, rows] = True
+        assert torch.equal(out.isnan(), holds[..., None, None].expand_as(out))
+
+
+@pytest.mark.parametrize("size", [2.0**-5, 2.0**-2, 2.0**4])
+def test_half_holds_every_score(lane: Any, size: float) -> None:
+    """Of x·2ⁿ squared relu is 4ⁿ times, the linear product 2ⁿ times that of x: the same bits in both."""
+    *features, v, gate = ((8 * x).round().half() / 8 for x in inputs(lane))  # which times 2⁻⁵ is exact
+    results = []
+    for s in (1.0, size):
+        leaves = [v.clone().requires_grad_(), gate.clone().requires_grad_()]
+        how: dict[str, Any] = {"scale": 1.0, "normalizer": s**4, "lin_normalizer": s**2, "causal": True}
+        out = attend(*(x * s for x in features), *leaves, chunk_size=8, backend=lane.backend, **how)
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+    for a, b in zip(*results, strict=True):
+        assert a.isfinite().all()
+        assert a.abs().max() > 0.5
+        assert same_bits(a, b)
+
+
 def test_nan_stays_in_its_packed_sequence(lane: Any) -> None:
     """Outputs, gradients and second derivatives of the others are the same bits."""
     ends = torch.tensor([0, 6, 13, 20], dtype=torch.int32, device=lane.device)
