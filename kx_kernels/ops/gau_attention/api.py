@@ -80,11 +80,11 @@ def gau_attention(
             scores f), "none" or a number; or c itself as a tensor [B, n_q]. Where 1/c is 0, c is.
         bias_scale: b, as scale.
         rope_interleaved: as in `kx_kernels.rope`.
-        workspace: bytes that scores may take at a time on a GPU, where they leave the chip. Less makes more passes; what
-            one pass takes at least is taken whatever the limit: forward 128 rows of scores, of one head; backward with
-            Triton one block of keys or queries, with CUDA 128 keys for the rows of all heads, 2·B·n_q·H·128 numbers.
-            Beside it is what is linear in n: gradients of rows [B, n_q, H, e], and sums. On a CPU it has no effect:
-            threads hold a few blocks each.
+        workspace: bytes that scores may take at a time on a GPU, where they leave the chip. Less makes more passes, but
+            what one takes at least is taken in any case: forward 128 rows of scores of one head; backward with Triton
+            one block of keys or queries, with CUDA 128 keys for the rows of all heads, 2·B·n_q·H·128 numbers. Beside
+            it is what is linear in n: gradients of rows [B, n_q, H, e], and sums. On a CPU it has no effect: threads
+            hold a few blocks each.
         backend: "auto", "cuda", "triton", "cpu" or "reference"; None takes the choice of `kx_kernels.backend`.
 
     Returns:
