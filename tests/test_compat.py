@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import math
 from types import SimpleNamespace
@@ -218,9 +219,6 @@ def test_flash_pytorch_interface() -> None:
         "to_out.weight": [6, 12],
         "to_out.bias": [6],
     }
-    with pytest.raises(ValueError, match=r"dropout is 0\.1; expected 0 in training"):
-        layer(torch.randn(1, 3, 6))
-    assert layer.eval()(torch.randn(1, 3, 6)).shape == (1, 3, 6)
 
 
 def test_buckets_of_t5() -> None:
@@ -409,8 +407,76 @@ def test_flash_gau_interface() -> None:
         "to_out.0.weight": [12, 18],
         "to_out.0.bias": [12],
     }
-    with pytest.raises(ValueError, match=r"rel_pos_bias has shape \[9, 9\]; expected \[17\]"):
-        module(torch.randn(1, 9, 12), torch.zeros(9, 9))
+
+
+def flash_peers(name: str, n: int, masked: bool, **how: Any) -> list[list[Tensor]]:
+    """Outputs and gradients of FLASH-pytorch's module and of ours, which has its parameters."""
+    peer = drawn(getattr(importlib.import_module("flash_pytorch"), name)(dim=12, query_key_dim=8, **how))
+    ours = getattr(flash_pytorch, name)(dim=12, query_key_dim=8, **how).double()
+    with torch.no_grad():  # scores are divided by n, or by a group's size
+        peer.rel_pos_bias.relative_attention_bias.weight.mul_(n if name == "GAU" else 1)
+    ours.load_state_dict(peer.state_dict())
+    assert [name for name, _ in ours.named_parameters()] == [name for name, _ in peer.named_parameters()]
+    mask = torch.arange(n) < torch.tensor([[n], [n - 9]]) if masked else None
+    results = []
+    for module in (peer, ours):
+        torch.manual_seed(1)
+        leaves = [random(2, n, 12).requires_grad_(), *(p for p in module.parameters() if p.requires_grad)]
+        extra = {} if name == "FLASH" else {"rel_pos_bias": random(n, n, seed=2).requires_grad_()}
+        leaves += extra.values()
+        out = module(leaves[0], mask=mask, **extra)
+        weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
+        results.append([out, *torch.autograd.grad((out * weights).sum(), leaves)])
+    return results
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"causal": True},
+        {"laplace_attn_fn": True, "add_residual": False},
+        {"dropout": 0.3, "causal": True, "laplace_attn_fn": True},
+        {"dropout": 0.3},
+    ],
+    ids=str,
+)
+def test_gau_is_flash_pytorchs(how: dict[str, Any], masked: bool) -> None:
+    """With biases by query and key, and while it trains with dropout."""
+    for a, b in zip(*flash_peers("GAU", 45, masked, **how), strict=True):
+        assert a.any()
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [24, 45])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"causal": True, "shift_tokens": True},
+        {"reduce_group_non_causal_attn": False, "laplace_attn_fn": True},
+        {"dropout": 0.3},
+        {"dropout": 0.3, "causal": True, "laplace_attn_fn": True},
+        {"dropout": 0.3, "reduce_group_non_causal_attn": False},
+    ],
+    ids=str,
+)
+def test_flash_is_flash_pytorchs(how: dict[str, Any], rotary: bool, masked: bool, n: int) -> None:
+    """Groups divide the tokens or do not; while it trains with dropout as well."""
+    turns = importlib.import_module("rotary_embedding_torch").RotaryEmbedding(dim=4) if rotary else None
+    for a, b in zip(*flash_peers("FLASH", n, masked, group_size=8, rotary_pos_emb=turns, **how), strict=True):
+        assert a.any()
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["GAU", "FLASH"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_flash_pytorch_of_no_tokens(name: str, dropout: float) -> None:
+    layer = getattr(flash_pytorch, name)(dim=12, query_key_dim=8, dropout=dropout)
+    assert layer(torch.zeros(2, 0, 12)).shape == (2, 0, 12)
 
 
 def test_flash_gau_drops_weights() -> None:

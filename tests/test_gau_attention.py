@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kx_kernels as kx
 from kx_kernels.ops.gau_attention import api
@@ -44,40 +46,40 @@ def relu2(x: Tensor) -> Tensor:
 
 
 Formula = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""q, k [B, n, s], v [B, n, e], bias [n, n] by (query, key), mask bool [B, n] -> [B, n, e]. Written after the sources
-named in kx_kernels/ops/gau_attention/README.md, each with its own order of scaling and masking."""
+"""q, k [B, n, s], v [B, n, e], bias [n, n] by (query, key), mask bool [B, n, n], what sees what -> [B, n, e]. Written
+after the sources named in kx_kernels/ops/gau_attention/README.md, each with its own order of scaling and masking."""
 
 
 def su(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
     scores = q @ k.mT / q.shape[-1] ** 0.5 + bias
-    scores = scores.masked_fill(~mask[:, None], -math.inf)
-    return relu2(scores) / mask.sum(1)[:, None, None] @ v
+    scores = scores.masked_fill(~mask, -math.inf)
+    return relu2(scores) / mask.sum(2, keepdim=True) @ v
 
 
 def gau_alpha(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
-    length = mask.sum(1).clamp(min=16)[:, None, None].to(q.dtype)
+    length = mask.sum(2, keepdim=True).clamp(min=16).to(q.dtype)
     scores = (q @ k.mT / q.shape[-1] ** 0.5 + bias) * length.log() / math.log(512)
-    return scores.masked_fill(~mask[:, None], -math.inf).softmax(-1) @ v
+    return scores.masked_fill(~mask, -math.inf).softmax(-1) @ v
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
     n = q.shape[1]
     weights = relu2((torch.einsum("bid,bjd->bij", q, k) + bias) / n)
-    return weights.masked_fill(~mask[:, None], 0.0) @ v
+    return weights.masked_fill(~mask, 0.0) @ v
 
 
 def mega(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
-    lengths = mask.sum(1)[:, None, None]
+    lengths = mask.sum(2, keepdim=True)
     scores = q / lengths @ k.mT + bias
-    return relu2(scores.masked_fill(~mask[:, None], 0.0)) @ v
+    return relu2(scores.masked_fill(~mask, 0.0)) @ v
 
 
 def rtmpose(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
-    return relu2((q @ k.mT + bias) / math.sqrt(q.shape[-1])).masked_fill(~mask[:, None], 0.0) @ v
+    return relu2((q @ k.mT + bias) / math.sqrt(q.shape[-1])).masked_fill(~mask, 0.0) @ v
 
 
 def hstu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
-    return F.silu(q @ k.mT + bias) / q.shape[1] * mask[:, None] @ v
+    return F.silu(q @ k.mT + bias) / q.shape[1] * mask @ v
 
 
 FORMULAS: dict[str, Formula] = {
@@ -91,23 +93,25 @@ FORMULAS: dict[str, Formula] = {
 }
 
 
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("preset", FORMULAS)
-def test_presets_are_the_formulas_in_the_wild(lane: Any, preset: str) -> None:
+def test_presets_are_the_formulas_in_the_wild(lane: Any, preset: str, causal: bool) -> None:
     """Outputs and gradients where keys are no padding, against the formula in float64."""
     q, k, v, gate = inputs(lane)
     n = q.shape[1]
     vector = torch.randn(2 * n - 1, device=lane.device)
     mask = torch.arange(n, device=lane.device) < torch.tensor([[n], [n - 7]], device=lane.device)
+    sees = mask[:, None] & torch.ones(n, n, dtype=torch.bool, device=lane.device).tril(0 if causal else n)
     grad = torch.randn_like(gate) * mask[..., None, None]
 
     def theirs(*leaves: Tensor) -> Tensor:
         q, k, v, gate, vector = leaves
         apart = torch.arange(n)[None, :] - torch.arange(n)[:, None]
-        o = FORMULAS[preset](q[:, :, 0], k[:, :, 0], v[:, :, 0], vector[(apart + n - 1).to(vector.device)], mask)
+        o = FORMULAS[preset](q[:, :, 0], k[:, :, 0], v[:, :, 0], vector[(apart + n - 1).to(vector.device)], sees)
         return gate * o[:, :, None]
 
     def ours(*leaves: Tensor, **how: Any) -> Tensor:
-        return attend(*leaves[:4], bias=leaves[4], key_padding_mask=mask, preset=preset, **how)
+        return attend(*leaves[:4], bias=leaves[4], key_padding_mask=mask, preset=preset, causal=causal, **how)
 
     def both(function: Any, dtype: torch.dtype, **how: Any) -> list[Tensor]:
         leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v, gate, vector)]
@@ -160,6 +164,35 @@ def test_padding_never_leaks(lane: Any, how: dict[str, Any], garbage: float) -> 
     for a, b in zip(*results, strict=True):
         assert same_bits(a, b)
         assert not a[~mask].any()
+
+
+@pytest.mark.parametrize("name", ["scale", "bias_scale", "normalizer"])
+def test_factors_of_rows_without_keys_never_leak(lane: Any, name: str) -> None:
+    """Whatever they are, of padding and of queries before the first key: the same bits, gradients included."""
+    keys, queries = torch.ones(2, 2, 20, dtype=torch.bool, device=lane.device)
+    keys[0, 13:], queries[0, 13:], keys[1, :8] = False, False, False
+    results = []
+    for fill in (1.0, torch.inf, torch.nan):
+        leaves = [x.requires_grad_() for x in (*inputs(lane), torch.linspace(-1, 1, 39, device=lane.device))]
+        how: dict[str, Any] = {"causal": True, "key_padding_mask": keys, "query_padding_mask": queries}
+        how[name] = torch.where(keys, 0.3, fill)
+        out = attend(*leaves[:4], bias=leaves[4], backend=lane.backend, **how)
+        results.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+    for clean, *others in zip(*results, strict=True):
+        assert clean.isfinite().all()
+        assert all(same_bits(clean, x) for x in others)
+
+
+def test_lengths_are_a_mask(lane: Any, how: dict[str, Any]) -> None:
+    q, k, v, gate = inputs(lane)
+    lengths = torch.tensor([13, 0], device=lane.device)
+    mask = torch.arange(20, device=lane.device) < lengths[:, None]
+    for queries in (20, 7):
+        rows = (q[:, :queries], k, v, gate[:, :queries])
+        o = attend(*rows, lengths=lengths, **how)
+        assert o.any()
+        assert same_bits(o, attend(*rows, key_padding_mask=mask, **how))
+        assert same_bits(o, attend(*rows, lengths=lengths.clamp(max=13).int(), **how))
 
 
 def test_padding_length_changes_nothing(lane: Any, how: dict[str, Any]) -> None:
@@ -237,6 +270,18 @@ def test_rows_that_see_nothing_are_zero(lane: Any, how: dict[str, Any]) -> None:
     assert not out[1].any()
     assert not any(g.isnan().any() for g in grads)
     assert not any(g[1].any() for g in grads)
+
+
+@pytest.mark.parametrize("activation", ["relu2", "relu"])
+def test_nan_of_a_token_is_seen(lane: Any, activation: str) -> None:
+    """A query or a key that holds NaN gives NaN in every row that sees it, and nowhere else."""
+    for name in (0, 1):
+        leaves = inputs(lane)
+        leaves[name][0, 13] = torch.nan
+        out = attend(*leaves, activation=activation, causal=True, backend=lane.backend)
+        rows = torch.zeros(2, 20, dtype=torch.bool, device=lane.device)
+        rows[0, 13 : 14 if name == 0 else 20] = True
+        assert torch.equal(out.isnan(), rows[..., None, None].expand_as(out))
 
 
 @pytest.mark.parametrize("size", [2.0**-10, 2.0**-4, 2.0**8])
@@ -343,6 +388,29 @@ def test_relu2_is_flat_at_zero(lane: Any) -> None:
     out = attend(*leaves, backend=lane.backend)
     assert not out.any()
     assert not torch.autograd.grad(out, leaves[:2], torch.ones_like(out))[0].any()
+
+
+class LargestResult(TorchDispatchMode):
+    """The most elements that any of torch's operators gives."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **kwargs or {})
+        self.elements = max([self.elements, *(x.numel() for x in pytree.tree_leaves(out) if isinstance(x, Tensor))])
+        return out
+
+
+def test_softmax_of_packed_sequences() -> None:
+    """As the definition has it, with tokens of none and other keys than queries; and no memory by their number."""
+    q, k, v, gate = (torch.randn(40, 2, d, dtype=torch.float64) for d in (4, 4, 6, 6))
+    ends, of_keys = (torch.tensor(x, dtype=torch.int32) for x in ([2, 2, 9, 30, 38], [0, 5, 5, 31, 40]))
+    for causal in (False, True):
+        how: dict[str, Any] = {"preset": "gau_alpha", "cu_seqlens": ends, "cu_seqlens_k": of_keys, "causal": causal}
+        torch.testing.assert_close(attend(q, k, v, gate, **how), reference(q, k, v, gate, **how))
+    with LargestResult() as largest:
+        attend(q, k, v, gate, preset="gau_alpha", cu_seqlens=torch.arange(41, dtype=torch.int32))
+    assert largest.elements <= 2 * 40 * 40  # scores of two heads
 
 
 def test_softmax_is_torchs(lane: Any) -> None:

@@ -160,6 +160,15 @@ def test_padding_never_leaks(lane: Any, garbage: float) -> None:
         assert same_bits(x.detach(), y.detach())
 
 
+def test_lengths_are_a_mask(lane: Any) -> None:
+    values, lengths = [*projected(lane), *affine(lane)], torch.tensor([13, 0], device=lane.device)
+    mask = torch.arange(20, device=lane.device) < lengths[:, None]
+    found = prepare(*values, lengths=lengths, backend=lane.backend)
+    for x, y in zip(found, prepare(*values, key_padding_mask=mask, backend=lane.backend), strict=True):
+        assert x.any()
+        assert same_bits(x, y)
+
+
 def test_rows_are_their_own(lane: Any) -> None:
     """A row has the same bits alone, in a batch, and packed; sequences begin at position 0."""
     u, v, z = projected(lane)

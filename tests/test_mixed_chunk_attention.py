@@ -208,6 +208,34 @@ def test_garbage_in_padding_changes_nothing(lane: Any, how: dict[str, Any], garb
         assert not a[~mask].any()
 
 
+@pytest.mark.parametrize("name", ["scale", "bias_scale", "normalizer", "lin_normalizer"])
+def test_factors_of_rows_without_keys_never_leak(lane: Any, name: str) -> None:
+    """Whatever they are, of padding and of rows whose sum has no key: the same bits, gradients included."""
+    keys, queries = torch.ones(2, 2, 20, dtype=torch.bool, device=lane.device)
+    keys[0, 13:], queries[0, 13:], keys[1, :11] = False, False, False
+    seen = keys.clone()
+    if name == "lin_normalizer":  # of the chunks before
+        seen[0, :8], seen[1, :16] = False, False
+    results = []
+    for fill in (1.0, torch.inf, torch.nan):
+        leaves = [x.requires_grad_() for x in (*inputs(lane), torch.linspace(-1, 1, 15, device=lane.device))]
+        how: dict[str, Any] = {"causal": True, "key_padding_mask": keys, "query_padding_mask": queries}
+        how[name] = torch.where(seen, 0.3, fill)
+        out = attend(*leaves[:6], bias=leaves[6], chunk_size=8, backend=lane.backend, **how)
+        results.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+    for clean, *others in zip(*results, strict=True):
+        assert clean.isfinite().all()
+        assert all(same_bits(clean, x) for x in others)
+
+
+def test_lengths_are_a_mask(lane: Any, how: dict[str, Any]) -> None:
+    tensors, lengths = inputs(lane), torch.tensor([13, 0], device=lane.device)
+    mask = torch.arange(20, device=lane.device) < lengths[:, None]
+    o = attend(*tensors, lengths=lengths, **how)
+    assert o.any()
+    assert same_bits(o, attend(*tensors, key_padding_mask=mask, **how))
+
+
 @pytest.mark.parametrize("more", [3, 9, 20])
 def test_padding_length_changes_nothing(lane: Any, how: dict[str, Any], more: int) -> None:
     tensors = inputs(lane)
@@ -232,6 +260,35 @@ def test_packed_sequences_are_sequences(lane: Any, how: dict[str, Any]) -> None:
         alone = attend(*(x[None, first:last] for x in tensors), **how)[0]
         if last > first:
             assert_close_in_float32(packed[first:last], alone)
+
+
+@pytest.mark.parametrize("activation", ["relu2", "relu"])
+def test_nan_of_a_token_is_seen(lane: Any, activation: str) -> None:
+    """A query or a key that holds NaN gives NaN in every row whose sum has it, and nowhere else."""
+    rows_of = (slice(9, 10), slice(9, 16), slice(9, 10), slice(16, 20))  # of chunks of 8
+    for name, rows in enumerate(rows_of):
+        leaves = inputs(lane)
+        leaves[name][0, 9] = torch.nan
+        out = attend(*leaves, activation=activation, causal=True, chunk_size=8, backend=lane.backend)
+        holds = torch.zeros(2, 20, dtype=torch.bool, device=lane.device)
+        holds[0, rows] = True
+        assert torch.equal(out.isnan(), holds[..., None, None].expand_as(out))
+
+
+@pytest.mark.parametrize("size", [2.0**-5, 2.0**-2, 2.0**4])
+def test_half_holds_every_score(lane: Any, size: float) -> None:
+    """Of x·2ⁿ squared relu is 4ⁿ times, the linear product 2ⁿ times that of x: the same bits in both."""
+    *features, v, gate = ((8 * x).round().half() / 8 for x in inputs(lane))  # which times 2⁻⁵ is exact
+    results = []
+    for s in (1.0, size):
+        leaves = [v.clone().requires_grad_(), gate.clone().requires_grad_()]
+        how: dict[str, Any] = {"scale": 1.0, "normalizer": s**4, "lin_normalizer": s**2, "causal": True}
+        out = attend(*(x * s for x in features), *leaves, chunk_size=8, backend=lane.backend, **how)
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+    for a, b in zip(*results, strict=True):
+        assert a.isfinite().all()
+        assert a.abs().max() > 0.5
+        assert same_bits(a, b)
 
 
 def test_nan_stays_in_its_packed_sequence(lane: Any) -> None:

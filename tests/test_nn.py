@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import kx_kernels as kx
+from kx_kernels.testing.budget import assert_within_budget
 
 LAYERS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -163,6 +164,7 @@ def test_flash_pads_and_packs(causal: bool) -> None:
     mask = torch.arange(20) < torch.tensor(lengths)[:, None]
     garbage = torch.where(mask[..., None], x, torch.nan)
     padded = layer(garbage, key_padding_mask=mask)
+    assert torch.equal(layer(garbage, lengths=torch.tensor(lengths)), padded)
     packed = layer(torch.cat([x[0], x[1, :13]]), cu_seqlens=torch.tensor([0, 20, 33], dtype=torch.int32))
     for i, n in enumerate(lengths):
         torch.testing.assert_close(padded[i, :n], alone[i])
@@ -223,6 +225,7 @@ def test_unit_is_its_formula(name: str) -> None:
     keep = torch.ones(2, 20, dtype=torch.bool)
     keep[0, 13:] = False
     out = unit(x, key_padding_mask=keep)
+    assert torch.equal(unit(x, lengths=keep.sum(1)), out)
     torch.testing.assert_close(out[0, :13], formula(x[0, :13]), rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(out[0, 13:], unit.out_proj(torch.zeros(7, unit.expand_dim, dtype=x.dtype)))
     ends = torch.tensor([0, 20, 33], dtype=torch.int32)
@@ -256,6 +259,18 @@ def test_unit_trains_in_bfloat16_and_under_autocast() -> None:
         assert out.dtype == torch.bfloat16
         out.float().square().sum().backward()
         assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in (x, *unit.parameters()))
+
+
+def test_unit_goes_on_under_autocast() -> None:
+    """A cache made before a dtype is known takes that of the first tokens."""
+    unit = kx.nn.GatedAttentionUnit(16, key_dim=8, causal=True)
+    x = torch.randn(2, 5, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = unit.new_cache(2, 3)
+        out = torch.cat([unit.step(x[:, t : t + 1], cache) for t in range(5)], 1)
+        whole = unit(x)
+    assert cache.keys.dtype == cache.values.dtype == torch.bfloat16
+    assert_within_budget(out, unit.double()(x.double()), whole, "outputs")
 
 
 @pytest.mark.parametrize(

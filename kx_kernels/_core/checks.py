@@ -43,6 +43,18 @@ def check_tensor(
         reject(op, argument, x, f"the device of q, {like.device}")
 
 
+def check_lengths(op: str, lengths: object, like: torch.Tensor, *others: object) -> None:
+    """Rejects what is not tokens of each of the sequences of `like`, or is given beside cu_seqlens or a mask."""
+    check_tensor(op, "lengths", lengths, INDICES)
+    assert isinstance(lengths, torch.Tensor)
+    if lengths.device != like.device:
+        reject(op, "lengths", lengths, f"the device of the other tensors, {like.device}")
+    if any(x is not None for x in others):
+        reject(op, "lengths", lengths, "None, as cu_seqlens or key_padding_mask is given")
+    if lengths.shape != like.shape[:1]:
+        reject(op, "lengths", lengths, f"shape [{like.shape[0]}]")
+
+
 def check_int(op: str, argument: str, x: object) -> None:
     if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)):
         reject(op, argument, x, "an int", TypeError)

@@ -28,7 +28,7 @@ class OffsetScale(nn.Module):
 class T5RelativePositionBias(nn.Module):
     """A learned bias for each bucket of distances: single up to a quarter of the buckets (half, if causal), then in
     steps that grow, and one for all from `max_distance` on. Calling it with a length n gives the biases [2·n − 1] of
-    the distances j − i, from −(n − 1) on; the original gives them as an n × n matrix.
+    the distances j − i, from −(n − 1) on (that of 0 for n = 0); the original gives them as an n × n matrix.
     """
 
     def __init__(self, scale: float, causal: bool = False, num_buckets: int = 32, max_distance: int = 128) -> None:
@@ -40,6 +40,7 @@ class T5RelativePositionBias(nn.Module):
         self.relative_attention_bias = nn.Embedding(num_buckets, 1)
 
     def forward(self, length: int) -> Tensor:
+        length = max(length, 1)
         back = torch.arange(length - 1, -length, -1, device=self.relative_attention_bias.weight.device)  # i − j
         buckets = self.num_buckets if self.causal else self.num_buckets // 2
         apart = back.clamp(min=0) if self.causal else back.abs()
@@ -98,27 +99,32 @@ class GAU(nn.Module):
         """[b, n, dim].
 
         Args:
-            rel_pos_bias: added to scores beside the T5 bias: a vector [2·n − 1] by distance j − i. (The original takes
-                what an n × n matrix of scores can be added to; that is an error here.)
+            rel_pos_bias: added to scores beside the T5 bias: a vector [2·n − 1] by distance j − i, or as the original
+                has it what an n × n matrix of scores can be added to, which costs a key n dimensions more.
             mask: [b, n], bool, False for keys that nothing sees.
         """
         length = x.shape[1]
         bias = self.rel_pos_bias(length)
-        if rel_pos_bias is not None:
-            if rel_pos_bias.shape != bias.shape:
-                given = list(rel_pos_bias.shape)
-                raise ValueError(f"rel_pos_bias has shape {given}; expected [{len(bias)}], biases by distance j − i")
+        by_distance = rel_pos_bias is not None and rel_pos_bias.shape == bias.shape
+        if rel_pos_bias is not None and by_distance:
             bias = bias + rel_pos_bias
         normed = self.norm(x)
         v, gate = self.to_hidden(normed).chunk(2, -1)
         rows = gau_inputs(gate, v, self.to_qk(normed), self.offsetscale.gamma, self.offsetscale.beta)
         gate, v, q, k = (y.unsqueeze(2) for y in rows)
+
+        def one_by_one() -> Tensor:
+            """[b, n, 1, n], which tells keys apart."""
+            return torch.eye(length, dtype=v.dtype, device=v.device)[None, :, None].expand(len(x), -1, -1, -1)
+
+        if rel_pos_bias is not None and not by_distance:
+            matrix = rel_pos_bias.to(q.dtype).expand(len(x), length, length).unsqueeze(2)
+            q, k = torch.cat((q, matrix), -1), torch.cat((k, one_by_one()), -1)
         how: dict[str, Any] = {"preset": "flash", "activation": self.activation, "causal": self.causal, "bias": bias}
         if mask is not None:
             how |= {"key_padding_mask": mask, "query_padding_mask": torch.ones_like(mask)}
         if self.training and self.dropout.p > 0:
-            one_by_one = torch.eye(length, dtype=v.dtype, device=v.device)[None, :, None].expand(len(x), -1, -1, -1)
-            weights = self.dropout(gau_attention(q, k, one_by_one, **how))  # [b, n, 1, n]
+            weights = self.dropout(gau_attention(q, k, one_by_one(), **how))  # [b, n, 1, n]
             out = gate * torch.einsum("bihj,bjhe->bihe", weights, v)
         else:
             out = gau_attention(q, k, v, gate, **how)
@@ -135,7 +141,7 @@ class FLASH(nn.Module):
         query_key_dim: s.
         expansion_factor: e / dim.
         causal: a token sees none after it.
-        dropout: of the weights within groups. The kernels have none: training with it is refused.
+        dropout: of the weights within groups. While it trains with dropout, these are n × group_size in memory.
         rotary_pos_emb: an object with the original's `rotate_queries_or_keys`, or None.
         norm_klass: makes the norm before the layer from dim.
         shift_tokens: the first half of the features are those of the token before.
@@ -176,10 +182,6 @@ class FLASH(nn.Module):
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """`mask` [b, n], bool: no token sees one that is False, but such a token sees others."""
-        if self.training and self.dropout.p > 0:
-            raise ValueError(
-                f"dropout is {self.dropout.p}; expected 0 in training: no kernel drops weights of attention"
-            )
         batch, length, _ = x.shape
         normed = self.norm(x)
         if self.shift_tokens:
@@ -202,14 +204,29 @@ class FLASH(nn.Module):
             how["lin_normalizer"] = float(max(length, 1))
             rows = [t.flatten(0, 1) for t in rows]
             mask = None if mask is None else mask.flatten()
-        out = mixed_chunk_attention(
-            *rows,
-            chunk_size=self.group_size,
-            preset="lucidrains",
-            activation=self.activation,
-            bias=self.rel_pos_bias(self.group_size),
-            key_padding_mask=mask,
-            query_padding_mask=None if mask is None else torch.ones_like(mask),
-            **how,
+        how |= {"chunk_size": self.group_size, "preset": "lucidrains", "activation": self.activation}
+        how |= {"bias": self.rel_pos_bias(self.group_size), "key_padding_mask": mask}
+        how["query_padding_mask"] = None if mask is None else torch.ones_like(mask)
+        if self.training and self.dropout.p > 0:
+            out = self._with_dropout(rows, v.shape, how)
+        else:
+            out = mixed_chunk_attention(*rows, **how).reshape(v.shape)
+        return self.to_out(out) + x
+
+    def _with_dropout(self, rows: list[Tensor], shape: torch.Size, how: dict[str, Any]) -> Tensor:
+        """[b, n, e]: weights within groups, which are what attention makes of values one by one, dropped and summed;
+        and the linear sum, times the gate. Numbers by row leave out one or the other."""
+        (batch, length, _), size = shape, self.group_size
+        *features, v, gate = rows
+        nothing = torch.zeros(v.shape[:-2], dtype=torch.float32, device=v.device)
+        place = torch.arange(length, device=v.device) % size
+        one_by_one = F.one_hot(place, size).to(v.dtype).expand(batch, -1, -1).reshape(*nothing.shape, 1, size)
+        weights = mixed_chunk_attention(*[*features, one_by_one], **how | {"lin_normalizer": nothing})
+        linear = mixed_chunk_attention(*[*features, v], **how | {"normalizer": nothing})
+        groups = -(-length // size)
+        weights, values = (
+            F.pad(y.reshape(batch, length, y.shape[-1]), (0, 0, 0, groups * size - length)).unflatten(1, (groups, size))
+            for y in (weights, v)
         )
-        return self.to_out(out.reshape(batch, length, -1)) + x
+        within = (self.dropout(weights) @ values).flatten(1, 2)[:, :length]
+        return gate.reshape(shape) * (within + linear.reshape(shape))

@@ -64,22 +64,31 @@ class FLASH(nn.Module):
         self.beta = nn.Parameter(torch.zeros(4, key_dim, **kind))
         self.out_proj = nn.Linear(self.value_dim, embed_dim, bias=bias, **kind)
 
-    def forward(self, x: Tensor, *, key_padding_mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
         """[B, n, embed_dim], or [total, embed_dim] with cu_seqlens, to the same.
 
         Args:
             key_padding_mask: [B, n] or [total], bool, False for padding, whose outputs are out_proj's of 0.
+            lengths: [B], int32 or int64: tokens of each sequence, in place of a mask.
             cu_seqlens: [N + 1], int32: where packed sequences begin.
         """
         widths = (self.value_dim, self.value_dim, self.key_dim)
         u, v, z = self.in_proj(x).split(widths, -1)
-        rows = gau_inputs(u, v, z, self.gamma, self.beta, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens)
+        padding: Any = {"key_padding_mask": key_padding_mask, "lengths": lengths, "cu_seqlens": cu_seqlens}
+        rows = gau_inputs(u, v, z, self.gamma, self.beta, **padding)
         u, v, quad_q, quad_k, lin_q, lin_k = (y.unsqueeze(-2) for y in rows)  # [..., 1, width]
         how: dict[str, Any] = {"preset": self.preset, "activation": self.activation, "causal": self.causal}
         if self.rotary is not None:
             length = x.shape[0] if cu_seqlens is not None else x.shape[1]
             how |= {"rope": self.rotary.tables(length, x.device), "rope_interleaved": self.rotary.interleaved}
-        how |= {"key_padding_mask": key_padding_mask, "cu_seqlens": cu_seqlens, "chunk_size": self.chunk_size}
+        how |= padding | {"chunk_size": self.chunk_size}
         return self.out_proj(mixed_chunk_attention(quad_q, quad_k, lin_q, lin_k, v, u, **how).flatten(-2))
 
     def extra_repr(self) -> str:

@@ -24,6 +24,8 @@ class GatedAttentionCache:
 
     def append(self, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
         """Further tokens [B, T, ·]."""
+        if self.length == 0:  # under autocast they are not as the weights
+            self.keys, self.values = self.keys.to(keys.dtype), self.values.to(values.dtype)
         end = self.length + keys.shape[1]
         if end > self.keys.shape[1]:
             more = max(end, 2 * self.keys.shape[1]) - self.keys.shape[1]
@@ -98,23 +100,31 @@ class GatedAttentionUnit(nn.Module):
         self.beta = nn.Parameter(torch.zeros(2, key_dim, **kind)) if beta else None
         nn.init.normal_(self.gamma, gamma_mean, gamma_std)
 
-    def forward(self, x: Tensor, *, key_padding_mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
         """[B, T, embed_dim], or [total, embed_dim] with cu_seqlens, to the same.
 
         Args:
             key_padding_mask: [B, T] or [total], bool, False for padding, whose outputs are out_proj's of 0.
+            lengths: [B], int32 or int64: tokens of each sequence, in place of a mask.
             cu_seqlens: [N + 1], int32: where packed sequences begin.
         """
-        gate, v, q, k = self._prepare(x, 0, key_padding_mask, cu_seqlens)
-        return self._attend(q, k, v, gate, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens)
+        padding: Any = {"key_padding_mask": key_padding_mask, "lengths": lengths, "cu_seqlens": cu_seqlens}
+        return self._attend(*self._prepare(x, 0, **padding), **padding)
 
     def prefill(self, x: Tensor, *, key_padding_mask: Tensor | None = None) -> tuple[Tensor, GatedAttentionCache]:
         """As `forward`, and what to go on from with `step`. Padding takes up positions, so it belongs in front."""
         self._check_goes_on()
-        gate, v, q, k = self._prepare(x, 0, key_padding_mask, None)
+        gate, v, q, k = self._prepare(x, 0, key_padding_mask=key_padding_mask)
         cache = self.new_cache(x.shape[0], x.shape[1], dtype=v.dtype, device=v.device)
         cache.append(k.detach(), v.detach(), key_padding_mask)
-        return self._attend(q, k, v, gate, key_padding_mask=key_padding_mask), cache
+        return self._attend(gate, v, q, k, key_padding_mask=key_padding_mask), cache
 
     def new_cache(
         self,
@@ -124,7 +134,7 @@ class GatedAttentionUnit(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> GatedAttentionCache:
-        """The cache before the first token, with memory for so many of them; by default as the weights are."""
+        """The cache before the first token, with memory for so many of them. The first tokens decide its dtype."""
         device = self.gamma.device if device is None else device
         kind: Any = {"device": device, "dtype": self.gamma.dtype if dtype is None else dtype}
         keys, values = (torch.zeros(batch, capacity, width, **kind) for width in (self.key_dim, self.expand_dim))
@@ -134,29 +144,24 @@ class GatedAttentionUnit(nn.Module):
     def step(self, x: Tensor, cache: GatedAttentionCache) -> Tensor:
         """One or a few further tokens [B, T, embed_dim]; `cache` grows in place. No gradient."""
         self._check_goes_on()
-        gate, v, q, k = self._prepare(x, cache.length, None, None)
+        gate, v, q, k = self._prepare(x, cache.length)
         cache.append(k, v, None)
         keys, values, mask = (y[:, : cache.length] for y in (cache.keys, cache.values, cache.mask))
         kept = torch.ones_like(mask[:, -x.shape[1] :])
-        return self._attend(q, keys, values, gate, key_padding_mask=mask, query_padding_mask=kept)
+        return self._attend(gate, values, q, keys, key_padding_mask=mask, query_padding_mask=kept)
 
-    def _prepare(
-        self, x: Tensor, offset: int, key_padding_mask: Tensor | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    def _prepare(self, x: Tensor, offset: int, **padding: Any) -> tuple[Tensor, ...]:
         """Gate, values, queries and keys."""
         u, v, z = self.in_proj(x).split((self.expand_dim, self.expand_dim, self.key_dim), -1)
         where: dict[str, Any] = {}
         if self.rotary is not None:
-            length = offset + (x.shape[0] if cu_seqlens is not None else x.shape[1])
+            length = offset + x.shape[-2]
             where = {"rope": self.rotary.tables(length, x.device), "rope_offset": offset}
             where["rope_interleaved"] = self.rotary.interleaved
-        return gau_inputs(
-            u, v, z, self.gamma, self.beta, activation=self.activation, key_padding_mask=key_padding_mask,
-            cu_seqlens=cu_seqlens, **where,
-        )  # fmt: skip
+        return gau_inputs(u, v, z, self.gamma, self.beta, activation=self.activation, **padding, **where)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, **masks: Any) -> Tensor:
-        q, k, v, gate = (y.unsqueeze(-2) for y in (q, k, v, gate))
+    def _attend(self, gate: Tensor, v: Tensor, q: Tensor, k: Tensor, **masks: Any) -> Tensor:
+        gate, v, q, k = (y.unsqueeze(-2) for y in (gate, v, q, k))
         formula: Any = {"preset": self.preset, "scale": self.scale, "normalizer": self.normalizer}
         return self.out_proj(gau_attention(q, k, v, gate, causal=self.causal, **formula, **masks).squeeze(-2))
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._core import dispatch
-from ..._core.checks import FLOATS, INDICES, Description, bound, check_int, check_tensor, reject
+from ..._core.checks import FLOATS, INDICES, Description, bound, check_int, check_lengths, check_tensor, reject
+from ..._core.padding import mask_of
 from ..rope.api import rope as rotate
 from ._backends import OPERATOR, backends
 from ._problem import GauProblem
@@ -37,6 +38,7 @@ def gau_attention(
     rope_interleaved: bool = True,
     key_padding_mask: Tensor | None = None,
     query_padding_mask: Tensor | None = None,
+    lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     workspace: int = 64 << 20,
@@ -58,6 +60,8 @@ def gau_attention(
     | `key_padding_mask`           | [B, n_k], or [total] packed          | bool         | False: padding            |
     | `query_padding_mask`         | [B, n_q], or [total] packed          | bool         | None: that of keys where  |
     |                              |                                      |              | n_q = n_k                 |
+    | `lengths`                    | [B]                                  | int32, int64 | keys of each sequence, in |
+    |                              |                                      |              | place of a mask           |
     | `cu_seqlens`, `cu_seqlens_k` | [N + 1]                              | int32        | ends of packed sequences; |
     |                              |                                      |              | of keys, if others        |
 
@@ -70,13 +74,17 @@ def gau_attention(
             "rtmpose" or "hstu". It stands for the four arguments below where they are None.
         activation: f: "relu2", "relu", "silu", "sigmoid", "laplace" or "identity"; "softmax" and "softmax_plus" are
             served by torch's scaled_dot_product_attention, with n_q × n_k masks, no normalizer and no other backend.
-        scale: a: a number, "dim" (1/√s), "length" (1/n_k), "valid" (1 / keys of the sequence that are no padding), or a
-            tensor [B, n_q] ([total] packed).
+        scale: a: a number, "dim" (1/√s), "length" (1/n_k), "valid" (1 / keys of the sequence that are no padding),
+            "visible" (1 / keys that the query sees), or a tensor [B, n_q] ([total] packed).
         normalizer: 1/c: "visible" (keys that the query sees), "valid", "length", "length_squared", "sum" (of the row's
             scores f), "none" or a number; or c itself as a tensor [B, n_q]. Where 1/c is 0, c is.
         bias_scale: b, as scale.
         rope_interleaved: as in `kx_kernels.rope`.
-        workspace: bytes that a call may take beside its inputs and outputs, if it needs any.
+        workspace: bytes that scores may take at a time on a GPU, where they leave the chip. Less makes more passes, but
+            what one takes at least is taken in any case: forward 128 rows of scores of one head; backward with Triton
+            one block of keys or queries, with CUDA 128 keys for the rows of all heads, 2·B·n_q·H·128 numbers. Beside
+            it is what is linear in n: gradients of rows [B, n_q, H, e], and sums. On a CPU it has no effect: threads
+            hold a few blocks each.
         backend: "auto", "cuda", "triton", "cpu" or "reference"; None takes the choice of `kx_kernels.backend`.
 
     Returns:
@@ -104,6 +112,7 @@ def gau_attention(
         "rope_interleaved": rope_interleaved,
         "key_padding_mask": key_padding_mask,
         "query_padding_mask": query_padding_mask,
+        "lengths": lengths,
         "cu_seqlens": cu_seqlens,
         "cu_seqlens_k": cu_seqlens_k,
         "workspace": workspace,
@@ -149,6 +158,7 @@ def _checked(
     rope_interleaved: bool,
     key_padding_mask: Tensor | None,
     query_padding_mask: Tensor | None,
+    lengths: Tensor | None,
     cu_seqlens: Tensor | None,
     cu_seqlens_k: Tensor | None,
     workspace: int,
@@ -181,6 +191,9 @@ def _checked(
         reject(OP, "workspace", workspace, "bytes, 0 or more")
 
     cu_seqlens, cu_seqlens_k = _checked_ends(q, k, cu_seqlens, cu_seqlens_k)
+    if lengths is not None:
+        check_lengths(OP, lengths, k, cu_seqlens, key_padding_mask)
+        key_padding_mask = mask_of(lengths, k.shape[1])
     masks = []
     for name, mask, like in (
         ("query_padding_mask", query_padding_mask, q),
@@ -335,10 +348,11 @@ def _turned(
     return out[0], out[1]
 
 
-def _sequence(x: Tensor, ends: Tensor) -> Tensor:
-    """[n]: the packed sequence that a row is of, or the nearest."""
+def _sequence(x: Tensor, ends: Tensor, none: int | None = None) -> Tensor:
+    """[n]: the packed sequence that a row is of; for rows of none `none`, or the nearest."""
     row = torch.arange(x.shape[1], device=x.device)
-    return (torch.searchsorted(ends, row, right=True) - 1).clamp(0, max(ends.shape[0] - 2, 0))
+    nearest = (torch.searchsorted(ends, row, right=True) - 1).clamp(0, max(ends.shape[0] - 2, 0))
+    return nearest if none is None else torch.where((row >= ends[0]) & (row < ends[-1]), nearest, none)
 
 
 def _places(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -372,7 +386,8 @@ class _Counts:
     def factor(self, x: float | str | Tensor, inverse: bool) -> tuple[float, Tensor | None]:
         """A number, and one by row [B, n_q] or None, whose product is what x says; for `inverse` numbers are theirs."""
         if isinstance(x, Tensor):
-            return 1.0, x.to(self.wide).reshape(self.q.shape[:2])
+            by_row = x.to(self.wide).reshape(self.q.shape[:2])
+            return 1.0, torch.where(self.sees_keys(), by_row, 0)  # or 0 · inf would reach gradients
         if not isinstance(x, str):
             return (float(x) if inverse else 1 / x), None
         if x == "none":
@@ -386,6 +401,11 @@ class _Counts:
             return 1 / torch.sym_float(max(self.k.shape[1], 1)) ** power, None
         count = self._by_row(x.removesuffix("_squared")).to(self.wide) ** power
         return 1.0, torch.where(count > 0, 1 / count.clamp(min=1), 0).expand(self.q.shape[:2]).contiguous()
+
+    def sees_keys(self) -> Tensor:
+        """bool [B or 1, n_q]: queries that are no padding and see a key."""
+        seen = self._by_row("visible") > 0
+        return seen if self.query_mask is None else seen & self.query_mask
 
     def _by_row(self, name: str) -> Tensor:
         """[B or 1, n_q]"""
@@ -414,12 +434,8 @@ def _by_softmax(p: GauProblem, how: Preset) -> Tensor:
     apart = place_k[None, :] - place_q[:, None]
     visible = torch.ones_like(apart, dtype=torch.bool)[None]  # [B or 1, n_q, n_k]
     if p.cu_seqlens is not None and p.cu_seqlens_k is not None:
-        inside = [
-            (torch.arange(x.shape[1], device=x.device)[:, None] >= ends[:-1])
-            & (torch.arange(x.shape[1], device=x.device)[:, None] < ends[1:])
-            for x, ends in ((p.q, p.cu_seqlens), (p.k, p.cu_seqlens_k))
-        ]
-        visible = (inside[0][:, None, :] & inside[1][None, :, :]).any(-1)[None]
+        of_q, of_k = _sequence(p.q, p.cu_seqlens, none=-1), _sequence(p.k, p.cu_seqlens_k, none=-2)
+        visible = (of_q[:, None] == of_k)[None]
     if p.causal:
         visible = visible & (apart <= 0)
     if p.key_mask is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 ACTIVATIONS = ("relu2", "relu", "silu", "sigmoid", "laplace", "identity")  # kernels know them by their places
 SOFTMAXES = ("softmax", "softmax_plus")  # which torch serves
 NORMALIZERS = ("visible", "valid", "length", "length_squared", "sum", "none")
-SCALES = ("dim", "length", "valid")
+SCALES = ("dim", "length", "valid", "visible")
 
 
 class Preset(NamedTuple):
@@ -26,7 +26,7 @@ PRESETS = {
     "bert4keras": Preset("relu2", "dim", 1.0, "visible"),
     "gau_alpha": Preset("softmax_plus", "dim", 1.0, "none"),
     "flash": Preset("relu2", "length", "length", "none"),
-    "mega": Preset("relu2", "valid", 1.0, "none"),
+    "mega": Preset("relu2", "visible", 1.0, "none"),
     "rtmpose": Preset("relu2", "dim", "dim", "none"),
     "hstu": Preset("silu", 1.0, 1.0, "length"),
 }

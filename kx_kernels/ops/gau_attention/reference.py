@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..._core.padding import mask_of
 from ..._core.rounding import HeldGradient
 from ..rope.reference import rope as rotate
 from .presets import SOFTMAXES, resolve
@@ -50,6 +51,7 @@ def gau_attention(
     rope_interleaved: bool = True,
     key_padding_mask: Tensor | None = None,
     query_padding_mask: Tensor | None = None,
+    lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
@@ -81,6 +83,7 @@ def _attend(
     rope_interleaved: bool,
     key_padding_mask: Tensor | None,
     query_padding_mask: Tensor | None,
+    lengths: Tensor | None,
     cu_seqlens: Tensor | None,
     cu_seqlens_k: Tensor | None,
     held: torch.dtype | None,
@@ -101,6 +104,8 @@ def _attend(
         apart = place_k[None, :] - place_q[:, None]  # [n_q, n_k]
         keep_k = torch.ones(batch, n_k, dtype=torch.bool, device=q.device)
         keep_q = torch.ones(batch, n_q, dtype=torch.bool, device=q.device)
+        if lengths is not None:
+            key_padding_mask = mask_of(lengths, n_k)
         if key_padding_mask is not None:
             keep_k = key_padding_mask.reshape(batch, n_k)
             if query_padding_mask is None and n_q == n_k:
@@ -117,9 +122,13 @@ def _attend(
             "length": torch.full((batch, n_q), n_k, dtype=exact, device=q.device),
         }
 
+        def by_row(x: Tensor) -> Tensor:
+            """[B, n_q], 0 for rows that see no key, where 0 · inf would reach gradients."""
+            return torch.where(visible.any(2), x.to(exact).reshape(batch, n_q), 0)
+
         def factor(x: float | str | Tensor) -> Tensor | float:
             if isinstance(x, Tensor):
-                return x.to(exact).reshape(batch, 1, n_q, 1)
+                return by_row(x)[:, None, :, None]
             if x == "dim":
                 return dim**-0.5
             return _inverse(counts[x])[:, None, :, None] if isinstance(x, str) else x
@@ -154,7 +163,7 @@ def _attend(
             p = p.to(held).to(exact)
         o = torch.einsum("bhij,bjhe->bihe", p, values)
         if isinstance(c, Tensor):
-            o = o * c.to(exact).reshape(batch, n_q, 1, 1)
+            o = o * by_row(c)[..., None, None]
         elif c == "sum":
             o = o * _inverse(p.sum(-1)).transpose(1, 2)[..., None]
         elif c == "length_squared":

@@ -41,6 +41,7 @@ class GauCase:
     rope: str = "none"  # "none", "interleaved", "half" (with an offset by sequence)
     padding: str = "none"  # "none", "left", "right", "holes" (a sequence of nothing but padding among them)
     query_padding: bool = False  # rows of its own
+    by_lengths: bool = False  # the padding on the right as `lengths`
     lengths: tuple[int, ...] | None = None  # of packed sequences
     key_lengths: tuple[int, ...] | None = None  # where they differ
     surplus: int = 0  # packed rows before the first sequence and past the last
@@ -100,7 +101,10 @@ def make(case: GauCase, dtype: torch.dtype, device: torch.device, seed: int) -> 
         keep = {"left": row >= short, "right": row < n_k - short, "holes": (row + short) % 4 != 0}[case.padding]
         if case.padding == "holes" and case.batch > 1:
             keep[-1] = False
-        call["key_padding_mask"] = keep[0] if packed else keep
+        if case.by_lengths:
+            call["lengths"] = keep.sum(1)
+        else:
+            call["key_padding_mask"] = keep[0] if packed else keep
     if case.query_padding:
         keep = torch.ones(*lead, n_q, dtype=torch.bool, device=device)
         keep[..., ::3] = False
@@ -126,6 +130,8 @@ CASES = {
     "by_row": replace(PLAIN, by_row=True),
     "flash": replace(PLAIN, preset="flash", bias="shared", causal=True, size=9.0),
     "mega": replace(PLAIN, preset="mega", bias="shared", padding="left", size=9.0),
+    "mega_causal": replace(PLAIN, preset="mega", bias="shared", padding="left", causal=True, size=9.0),
+    "a_valid": replace(PLAIN, scale="valid", bias_scale="visible", bias="shared", causal=True, padding="holes"),
     "rtmpose": replace(PLAIN, preset="rtmpose", bias="shared"),
     "hstu": replace(PLAIN, preset="hstu", causal=True, heads=2, kv_heads=2, key_dim=8, value_dim=8, normalizer=12.0),
     "bias_heads": replace(PLAIN, bias="heads", heads=2, kv_heads=2, causal=True, bias_scale=0.5),
@@ -135,6 +141,8 @@ CASES = {
     "padding_left": replace(PLAIN, padding="left", causal=True),
     "padding_right": replace(PLAIN, padding="right"),
     "padding_holes": replace(PLAIN, padding="holes", causal=True),
+    "lengths": replace(PLAIN, padding="right", by_lengths=True, causal=True),
+    "lengths_cross": replace(PLAIN, queries=5, keys=13, padding="right", by_lengths=True, normalizer="sum"),
     "cross": replace(PLAIN, queries=5, keys=13, causal=True),
     "cross_longer": replace(PLAIN, queries=13, keys=5, causal=True),  # the first queries see nothing
     "cross_padding": replace(PLAIN, queries=5, keys=13, padding="holes", query_padding=True),
@@ -226,7 +234,7 @@ BAD_CALLS = (
     BadCall("device", _map("v", lambda v: v.to("meta")), ValueError, "v", "the device of q, cpu"),
     BadCall("preset", _set(preset="bert"), ValueError, "preset", "'su', 'bert4keras'"),
     BadCall("activation", _set(activation="gelu"), ValueError, "activation", "'relu2', 'relu', 'silu'"),
-    BadCall("scale_name", _set(scale="sqrt"), ValueError, "scale", "'dim', 'length', 'valid'"),
+    BadCall("scale_name", _set(scale="sqrt"), ValueError, "scale", "'dim', 'length', 'valid', 'visible'"),
     BadCall("scale_type", _set(scale=[1.0]), TypeError, "scale", "a number, a tensor, or one of"),
     BadCall("scale_shape", _set(scale=torch.ones(9)), ValueError, "scale", r"shape \[2, 9\], a number to each query"),
     BadCall("scale_grad", _set(scale=torch.ones(2, 9, requires_grad=True)), ValueError, "scale", "one without"),
@@ -252,6 +260,19 @@ BAD_CALLS = (
     BadCall(
         "cu_seqlens_k_alone", _set(cu_seqlens_k=torch.zeros(2, dtype=torch.int32)), ValueError, "cu_seqlens_k", "None"
     ),
+    BadCall("lengths_dtype", _set(lengths=torch.ones(2)), TypeError, "lengths", "dtype int32 or int64"),
+    BadCall("lengths_shape", _set(lengths=torch.ones(3, dtype=torch.int32)), ValueError, "lengths", r"shape \[2\]"),
+    BadCall(
+        "lengths_packed", _packed([0, 9], lengths=torch.ones(1, dtype=torch.int32)), ValueError, "lengths", "None, as"
+    ),
+    BadCall(
+        "lengths_and_mask",
+        _set(lengths=torch.ones(2, dtype=torch.int32), key_padding_mask=torch.ones(2, 9, dtype=torch.bool)),
+        ValueError,
+        "lengths",
+        "None, as cu_seqlens or key_padding_mask",
+    ),
+    BadCall("lengths_device", _set(lengths=torch.ones(2).int().to("meta")), ValueError, "lengths", "the device of"),
     BadCall("cu_seqlens_dtype", _packed(torch.zeros(2)), TypeError, "cu_seqlens", "dtype int32"),
     BadCall("cu_seqlens_large", _packed([0, 5, 10]), ValueError, "cu_seqlens", "the number of rows, 9"),
     BadCall("cu_seqlens_descending", _packed([0, 5, 3]), ValueError, "cu_seqlens", "ascending"),

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..._core import dispatch
-from ..._core.checks import FLOATS, INDICES, Description, bound, check_int, check_tensor, reject
+from ..._core.checks import FLOATS, INDICES, Description, bound, check_int, check_lengths, check_tensor, reject
+from ..._core.padding import mask_of
 from ._autograd import prepare
 from ._backends import backends
 from ._problem import ACTIVATIONS, GauInputsProblem
@@ -29,6 +30,7 @@ def gau_inputs(
     rope_offset: int | Tensor = ...,
     rope_interleaved: bool = ...,
     key_padding_mask: Tensor | None = ...,
+    lengths: Tensor | None = ...,
     cu_seqlens: Tensor | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, ...]: ...
@@ -47,6 +49,7 @@ def gau_inputs(
     rope_offset: int | Tensor = ...,
     rope_interleaved: bool = ...,
     key_padding_mask: Tensor | None = ...,
+    lengths: Tensor | None = ...,
     cu_seqlens: Tensor | None = ...,
     backend: str | None = ...,
 ) -> tuple[Any, ...]: ...
@@ -64,6 +67,7 @@ def gau_inputs(
     rope_offset: int | Tensor = 0,
     rope_interleaved: bool = True,
     key_padding_mask: Tensor | None = None,
+    lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Any, ...]:
@@ -81,6 +85,7 @@ def gau_inputs(
     |                    |                             |                | dimensions of heads turn                  |
     | `rope_offset`      | int, or [B], or [N] packed  | int32, int64   | position of each sequence's first row     |
     | `key_padding_mask` | [B, T], or [total] packed   | bool           | False: padding                            |
+    | `lengths`          | [B]                         | int32, int64   | rows of each sequence, in place of a mask |
     | `cu_seqlens`       | [N + 1]                     | int32          | ends of packed sequences                  |
 
     Tensors may have any strides: u, v and z are slices of one projection as a rule.
@@ -105,7 +110,7 @@ def gau_inputs(
     Source: Hua et al., "Transformer Quality in Linear Time" (arXiv:2202.10447); Su, kexue.fm/archives/8934.
     """
     p = _checked(
-        u, v, z, gamma, beta, activation, rope, rope_offset, rope_interleaved, key_padding_mask, cu_seqlens
+        u, v, z, gamma, beta, activation, rope, rope_offset, rope_interleaved, key_padding_mask, lengths, cu_seqlens
     )  # fmt: skip
     results = prepare(p, dispatch.requested(backend))
     if cu_seqlens is not None:
@@ -134,6 +139,7 @@ def _checked(
     rope_offset: int | Tensor,
     rope_interleaved: bool,
     key_padding_mask: Tensor | None,
+    lengths: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> GauInputsProblem:
     """The call as a GauInputsProblem, or the error that names what is wrong with it."""
@@ -169,6 +175,9 @@ def _checked(
             reject(OP, "cu_seqlens", cu_seqlens, "shape [N + 1], one more than there are sequences")
         sequences = cu_seqlens.shape[0] - 1
         cu_seqlens = cu_seqlens.contiguous()
+    if lengths is not None:
+        check_lengths(OP, lengths, z, cu_seqlens, key_padding_mask)
+        key_padding_mask = mask_of(lengths, z.shape[1])
     if key_padding_mask is not None:
         _check("key_padding_mask", key_padding_mask, (torch.bool,), z)
         if key_padding_mask.shape != z.shape[:-1]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._core.padding import without_padding
+from ..._core.padding import mask_of, without_padding
 from ..rope.reference import rope as rotate
 
 
@@ -32,11 +32,14 @@ def gau_inputs(
     rope_offset: int | Tensor = 0,
     rope_interleaved: bool = True,
     key_padding_mask: Tensor | None = None,
+    lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gate, values and heads, written to be read; `kx_kernels.gau_inputs` documents the arguments."""
     kind = z.device.type
     with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext():
+        if lengths is not None:
+            key_padding_mask = mask_of(lengths, z.shape[1])
         exact = torch.float64 if z.dtype == torch.float64 else torch.float32
 
         def kept(x: Tensor) -> Tensor:

@@ -34,7 +34,8 @@ class GauInputsCase:
     interleaved: bool = True
     offset: str = "none"  # "none", "int", "sequence" (int32), "padded" (negative for some)
     table_dtype: torch.dtype = torch.float32
-    padding: str = "none"  # "none", "left", "holes"
+    padding: str = "none"  # "none", "left", "right", "holes"
+    by_lengths: bool = False  # the padding on the right as `lengths`
     lengths: tuple[int, ...] | None = None  # of packed sequences
     surplus: int = 0  # packed rows before the first sequence and past the last
     layout: str = "plain"  # "plain", "fused" (u, v and z of one buffer), "transposed" ([B, D, T] memory)
@@ -76,8 +77,11 @@ def make(case: GauInputsCase, dtype: torch.dtype, device: torch.device, seed: in
     if case.padding != "none":
         row = torch.arange(rows[-1], device=device)
         short = 2 + torch.arange(case.batch, device=device)[:, None] * 3
-        keep = row >= short if case.padding == "left" else (row + short) % 4 != 0
-        call["key_padding_mask"] = keep[0] if packed else keep
+        keep = {"left": row >= short, "right": row < rows[-1] - short, "holes": (row + short) % 4 != 0}[case.padding]
+        if case.by_lengths:
+            call["lengths"] = keep.sum(1)
+        else:
+            call["key_padding_mask"] = keep[0] if packed else keep
     if packed:
         call["cu_seqlens"] = torch.tensor(ends, dtype=torch.int32, device=device)
     return call
@@ -107,6 +111,7 @@ CASES = {
     "widths": replace(PLAIN, gate_dim=5, value_dim=33, key_dim=7),
     "padding_left": replace(ROPE, padding="left", offset="padded"),
     "padding_holes": replace(ROPE, padding="holes", length=9),
+    "lengths": replace(ROPE, padding="right", by_lengths=True),
     "packed": PACKED,
     "packed_surplus": replace(PACKED, surplus=2, offset="sequence", interleaved=False),
     "packed_padding": replace(PACKED, padding="holes", surplus=1, rotary_dim=0),
@@ -152,10 +157,10 @@ def _map(name: str, change: Callable[[Any], Any]) -> Callable[[Call], Call]:
     return lambda call: call | {name: change(call[name])}
 
 
-def _packed(ends: Any) -> Callable[[Call], Call]:
+def _packed(ends: Any, **more: Any) -> Callable[[Call], Call]:
     """The call's first sequence alone, packed."""
     ends = torch.tensor(ends, dtype=torch.int32) if isinstance(ends, list) else ends
-    return lambda call: call | {n: call[n][0] for n in ("u", "v", "z")} | {"cu_seqlens": ends}
+    return lambda call: call | {n: call[n][0] for n in ("u", "v", "z")} | {"cu_seqlens": ends} | more
 
 
 def _tables(length: int = 7, half: int = 8) -> tuple[Tensor, Tensor]:
@@ -208,6 +213,19 @@ BAD_CALLS = (
         "key_padding_mask",
         r"shape \[2, 7\]",
     ),
+    BadCall("lengths_dtype", _set(lengths=torch.ones(2)), TypeError, "lengths", "dtype int32 or int64"),
+    BadCall("lengths_shape", _set(lengths=torch.ones(3, dtype=torch.int32)), ValueError, "lengths", r"shape \[2\]"),
+    BadCall(
+        "lengths_packed", _packed([0, 7], lengths=torch.ones(1, dtype=torch.int32)), ValueError, "lengths", "None, as"
+    ),
+    BadCall(
+        "lengths_and_mask",
+        _set(lengths=torch.ones(2, dtype=torch.int32), key_padding_mask=torch.ones(2, 7, dtype=torch.bool)),
+        ValueError,
+        "lengths",
+        "None, as cu_seqlens or key_padding_mask",
+    ),
+    BadCall("lengths_device", _set(lengths=torch.ones(2).int().to("meta")), ValueError, "lengths", "the device of"),
     BadCall("cu_seqlens_dtype", _packed(torch.zeros(2)), TypeError, "cu_seqlens", "dtype int32"),
     BadCall("cu_seqlens_rank", _packed(torch.zeros(1, 2).int()), ValueError, "cu_seqlens", r"shape \[N \+ 1\]"),
     BadCall("cu_seqlens_large", _packed([0, 8]), ValueError, "cu_seqlens", "the number of rows, 7"),

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._core import dispatch
-from ..._core.checks import FLOATS, INDICES, Description, bound, check_int, check_tensor, reject
+from ..._core.checks import FLOATS, INDICES, Description, bound, check_int, check_lengths, check_tensor, reject
+from ..._core.padding import mask_of
 from ..rope.api import rope as rotate
 from ._backends import OPERATOR, backends
 from ._problem import MixedProblem
@@ -40,6 +41,7 @@ def mixed_chunk_attention(
     rope_interleaved: bool = True,
     key_padding_mask: Tensor | None = None,
     query_padding_mask: Tensor | None = None,
+    lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -63,6 +65,8 @@ def mixed_chunk_attention(
     | `rope_offset`        | int, or [B] or [N] packed          | int32, int64 | place of the first token       |
     | `key_padding_mask`   | [B, n], or [n] packed              | bool         | False: padding                 |
     | `query_padding_mask` | [B, n], or [n] packed              | bool         | None: that of keys             |
+    | `lengths`            | [B]                                | int32, int64 | keys of each sequence, in      |
+    |                      |                                    |              | place of a mask                |
     | `cu_seqlens`         | [N + 1]                            | int32        | ends of packed sequences, each |
     |                      |                                    |              | of which begins a chunk        |
 
@@ -132,6 +136,7 @@ def _checked(
     rope_interleaved: bool,
     key_padding_mask: Tensor | None,
     query_padding_mask: Tensor | None,
+    lengths: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> MixedProblem:
     """The call as a MixedProblem, or the error that names what is wrong with it."""
@@ -146,6 +151,9 @@ def _checked(
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
             reject(OP, "cu_seqlens", cu_seqlens, "shape [N + 1], one more than there are sequences")
         cu_seqlens = cu_seqlens.contiguous()
+    if lengths is not None:
+        check_lengths(OP, lengths, v, cu_seqlens, key_padding_mask)
+        key_padding_mask = mask_of(lengths, v.shape[1])
     rows = v.shape[:-2]
     for name, mask in (("key_padding_mask", key_padding_mask), ("query_padding_mask", query_padding_mask)):
         if mask is not None:
@@ -300,8 +308,10 @@ def _factor(
 ) -> tuple[float, Tensor | None]:
     """A number, and one by row [B, n] or None, whose product is what x says, or 1 / x for a number x if `inverse`."""
     batch, length = p.v.shape[:2]
-    if isinstance(x, Tensor):
-        return 1.0, x.to(p.wide).reshape(batch, length)
+    if isinstance(x, Tensor):  # of rows whose sum has a key: 0 · inf would reach gradients
+        seen = _count(p, "visible", linear) > 0
+        seen = seen if p.query_mask is None else seen & p.query_mask
+        return 1.0, torch.where(seen, x.to(p.wide).reshape(batch, length), 0)
     if not isinstance(x, str):
         return 1 / x if inverse else float(x), None
     if x == "none":

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..._core.padding import mask_of
 from ..._core.rounding import HeldGradient
 from ..gau_attention.reference import activate
 from ..rope.reference import rope as rotate
@@ -39,6 +40,7 @@ def mixed_chunk_attention(
     rope_interleaved: bool = True,
     key_padding_mask: Tensor | None = None,
     query_padding_mask: Tensor | None = None,
+    lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Attention within chunks and between them; `kx_kernels.mixed_chunk_attention` documents the arguments."""
@@ -81,6 +83,7 @@ def _attend(
     rope_interleaved: bool,
     key_padding_mask: Tensor | None,
     query_padding_mask: Tensor | None,
+    lengths: Tensor | None,
     cu_seqlens: Tensor | None,
     held: torch.dtype | None,
 ) -> Tensor:
@@ -103,6 +106,8 @@ def _attend(
             return F.pad(x, (0, 0) * (x.dim() - 2) + (0, short)).unflatten(1, (chunks, size))
 
         everywhere = torch.ones(batch, length, dtype=torch.bool, device=v.device)
+        if lengths is not None:
+            key_padding_mask = mask_of(lengths, length)
         keep_k = everywhere if key_padding_mask is None else key_padding_mask.reshape(batch, length)
         keep_q = keep_k if query_padding_mask is None else query_padding_mask.reshape(batch, length)
         qq, lq = (torch.where(keep_q[..., None, None], x.to(exact), 0) for x in (quad_q, lin_q))
@@ -132,8 +137,8 @@ def _attend(
 
         def factor(x: float | str | Tensor, counts: dict[str, Tensor]) -> Tensor | float:
             """A number, or one by row: [B, G, size]."""
-            if isinstance(x, Tensor):
-                return chunked(x.to(exact).reshape(batch, length))
+            if isinstance(x, Tensor):  # of rows whose sum has a key: 0 · inf would reach gradients
+                return torch.where(rows & (counts["visible"] > 0), chunked(x.to(exact).reshape(batch, length)), 0)
             if not isinstance(x, str):
                 return x
             if x in counts:
@@ -150,13 +155,13 @@ def _attend(
         def times(x: Tensor, factor: Tensor | float) -> Tensor:
             return x * (factor[..., None, None] if isinstance(factor, Tensor) else factor)
 
-        scores = times(torch.einsum("bgihs,bgjhs->bgihj", qq, qk), factor(a, {}))
+        scores = times(torch.einsum("bgihs,bgjhs->bgihj", qq, qk), factor(a, counts))
         if bias is not None:
             middle = bias.shape[-1] // 2
             distances = (
                 bias.to(exact).reshape(-1, bias.shape[-1])[:, apart + middle].transpose(0, 1)
             )  # [size, 1 or H, size]
-            scores = scores + times(distances.expand(scores.shape), factor(b, {}))
+            scores = scores + times(distances.expand(scores.shape), factor(b, counts))
         seen = seen[..., None, :]
         p = hold(torch.where(seen, activate(torch.where(seen, hold_gradient(scores), 0), f), 0))
         if not isinstance(c, (str, Tensor)):

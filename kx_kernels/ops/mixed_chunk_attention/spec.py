@@ -42,6 +42,7 @@ class MixedCase:
     rope: str = "none"  # "none", "interleaved", "half" (with an offset by sequence)
     padding: str = "none"  # "none", "left", "right", "holes" (a sequence of nothing but padding among them)
     query_padding: bool = False  # rows of its own
+    by_lengths: bool = False  # the padding on the right as `lengths`
     lengths: tuple[int, ...] | None = None  # of packed sequences
     surplus: int = 0  # packed rows before the first sequence and past the last
     by_row: bool = False  # scale and both normalizers as tensors
@@ -96,7 +97,10 @@ def make(case: MixedCase, dtype: torch.dtype, device: torch.device, seed: int) -
         keep = {"left": row >= short, "right": row < length - short, "holes": (row + short) % 4 != 0}[case.padding]
         if case.padding == "holes" and case.batch > 1:
             keep[-1] = False
-        call["key_padding_mask"] = keep[0] if packed else keep
+        if case.by_lengths:
+            call["lengths"] = keep.sum(1)
+        else:
+            call["key_padding_mask"] = keep[0] if packed else keep
     if case.query_padding:
         keep = torch.ones(*lead, length, dtype=torch.bool, device=device)
         keep[..., ::3] = False
@@ -125,6 +129,7 @@ CASES = {
     "padding_left": replace(PLAIN, padding="left", causal=True),
     "padding_right": replace(PLAIN, padding="right", causal=True),
     "padding_holes": replace(PLAIN, padding="holes", causal=True),
+    "lengths": replace(PLAIN, padding="right", by_lengths=True, causal=True),
     "query_padding": replace(PLAIN, padding="holes", query_padding=True),
     "grouped": replace(PLAIN, batch=1, heads=6, kv_heads=2, causal=True, bias="heads"),
     "grouped_full": replace(PLAIN, batch=1, heads=4, kv_heads=2),
@@ -242,6 +247,19 @@ BAD_CALLS = (
         "query_padding_mask",
         r"shape \[2, 19\]",
     ),
+    BadCall("lengths_dtype", _set(lengths=torch.ones(2)), TypeError, "lengths", "dtype int32 or int64"),
+    BadCall("lengths_shape", _set(lengths=torch.ones(3, dtype=torch.int32)), ValueError, "lengths", r"shape \[2\]"),
+    BadCall(
+        "lengths_packed", _packed([0, 19], lengths=torch.ones(1, dtype=torch.int32)), ValueError, "lengths", "None, as"
+    ),
+    BadCall(
+        "lengths_and_mask",
+        _set(lengths=torch.ones(2, dtype=torch.int32), key_padding_mask=torch.ones(2, 19, dtype=torch.bool)),
+        ValueError,
+        "lengths",
+        "None, as cu_seqlens or key_padding_mask",
+    ),
+    BadCall("lengths_device", _set(lengths=torch.ones(2).int().to("meta")), ValueError, "lengths", "the device of"),
     BadCall("cu_seqlens_dtype", _packed(torch.zeros(2)), TypeError, "cu_seqlens", "dtype int32"),
     BadCall("cu_seqlens_large", _packed([0, 5, 20]), ValueError, "cu_seqlens", "the number of rows, 19"),
     BadCall("cu_seqlens_descending", _packed([0, 5, 3]), ValueError, "cu_seqlens", "ascending"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._core import dispatch
-from ..._core.checks import FLOATS, INDICES, Description, bound, check_int, check_tensor, reject
+from ..._core.checks import FLOATS, Description, bound, check_int, check_lengths, check_tensor, reject
 from ._backends import OPERATOR, backends, read_out_factors
 from ._backends import factors as factors_of
 from ._problem import NystromProblem
@@ -182,11 +182,7 @@ def _checked(
     if packed:
         _check_ends(q, cu_seqlens)
     if lengths is not None:
-        check_tensor(OP, "lengths", lengths, INDICES, q)
-        if packed or key_padding_mask is not None:
-            reject(OP, "lengths", lengths, "None, as cu_seqlens or key_padding_mask is given")
-        if lengths.shape != q.shape[:1]:
-            reject(OP, "lengths", lengths, f"shape [{q.shape[0]}]")
+        check_lengths(OP, lengths, q, cu_seqlens, key_padding_mask)
     for name, mask, like in (("key_padding_mask", key_padding_mask, k), ("query_padding_mask", query_padding_mask, q)):
         if mask is not None:
             check_tensor(OP, name, mask, (torch.bool,), q)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..._core.padding import mask_of
+
 CONVENTIONS = ("valid", "mlpen", "lucidrains", "huggingface", "xformers")
 INITS = ("per_matrix", "original", "pinv")
 
@@ -85,7 +87,7 @@ def masks(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Of queries and of keys, for q and k [B, n, H, D]: those of keys are the queries' where n_q = n_k."""
     if lengths is not None:
-        key_mask = torch.arange(k.shape[1], device=k.device) < lengths[:, None]
+        key_mask = mask_of(lengths, k.shape[1])
     if query_mask is None and q.shape[1] == k.shape[1]:
         query_mask = key_mask
     return query_mask, key_mask
