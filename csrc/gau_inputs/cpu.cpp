@@ -63,9 +63,8 @@ void widen_row(const T* from, int64_t stride, int64_t n, A* to) {
 }
 template <class A>
 void widen_row(DType dtype, const void* from, int64_t first, int64_t stride, int64_t n, A* to) {
-  with_float(dtype, [&](auto example) {
-    widen_row(static_cast<const decltype(example)*>(from) + first, stride, n, to);
-  });
+  with_float(dtype,
+             [&](auto example) { widen_row(static_cast<const decltype(example)*>(from) + first, stride, n, to); });
 }
 
 // gamma or beta, widened once for all rows: [heads, padded(key_dim)].

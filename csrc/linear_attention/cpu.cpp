@@ -447,9 +447,8 @@ class Worker {
   }
   A angle(const void* table, int64_t at) const {
     A out = 0;
-    with_float(p.table_dtype, [&](auto example) {
-      out = static_cast<A>(widen(static_cast<const decltype(example)*>(table)[at]));
-    });
+    with_float(p.table_dtype,
+               [&](auto example) { out = static_cast<A>(widen(static_cast<const decltype(example)*>(table)[at])); });
     return out;
   }
 
