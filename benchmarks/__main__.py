@@ -61,9 +61,9 @@ def main() -> None:
         mine = None if options.what == "picture" else device_name(options.device)
         written = render(ROOT / "report", quick=options.quick, mine=mine)
         if options.what == "picture":
-            from .picture import take
+            from .picture import take, verdicts
 
-            written.append(take(written[0], ROOT / "docs" / "report.png"))
+            written += [take(written[0], ROOT / "docs" / "report.png"), verdicts(ROOT / "README.md")]
         for file in written:
             print(f"written: {file.relative_to(ROOT)}")
 
