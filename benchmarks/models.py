@@ -162,7 +162,7 @@ def listening(model: Model) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
         return heard
 
     def prepared(unit: kx.nn.GatedAttentionUnit, inputs: tuple[Tensor]) -> None:
-        _, v, q, k = unit._prepare(inputs[0], 0, None, None)
+        _, v, q, k = unit._prepare(inputs[0], 0)
         found.append((q[:, :, None], k[:, :, None], v[:, :, None]))
 
     units = [layer for layer in model.layers if isinstance(layer, kx.nn.GatedAttentionUnit)]
