@@ -392,7 +392,7 @@ class Worker {
         return own;
       }
       const A share = (p.init == Init::kOriginal ? grad_log_norm : own) / norm / static_cast<A>(ties);
-      add_to_largest(inverse, norm, share);
+      inverse.add_to_largest(norm, share);
     } else {
       inverse.backward_of_pinv(z);
     }
@@ -830,20 +830,6 @@ class Worker {
       soften(scores + static_cast<size_t>(i) * mw, grads + static_cast<size_t>(i) * mw);
     }
     return count;
-  }
-  // Adds `share` to the gradients of the columns whose sum is the norm.
-  void add_to_largest(Inverse<A>& inverse, A norm, A share) {
-    std::fill_n(of_landmarks, mw, A{0});
-    for (int i = 0; i < m; ++i) {
-      for (int j = 0; j < m; ++j) {
-        of_landmarks[j] += inverse.a[static_cast<size_t>(i) * mw + j];
-      }
-    }
-    for (int i = 0; i < m; ++i) {
-      for (int j = 0; j < m; ++j) {
-        inverse.grad_a[static_cast<size_t>(i) * mw + j] += of_landmarks[j] == norm ? share : A{0};
-      }
-    }
   }
 
   // ---- Convolution.

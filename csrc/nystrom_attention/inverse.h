@@ -36,21 +36,19 @@ class Inverse {
 
   // The largest sum of a column of `a`, and how many columns have it.
   A largest_column(int* ties) {
-    std::fill_n(t1, width, A{0});
-    for (int first = 0; first < m; first += kShort) {
-      std::fill_n(t2, width, A{0});
-      for (int i = first; i < std::min(m, first + kShort); ++i) {
-        for (int j = 0; j < m; ++j) {
-          t2[j] += a[i * width + j];
-        }
-      }
+    const A* const sums = column_sums();
+    const A largest = *std::max_element(sums, sums + m);
+    *ties = static_cast<int>(std::count(sums, sums + m, largest));
+    return largest;
+  }
+  // Adds `share` to the gradients of the columns whose sum is `norm`.
+  void add_to_largest(A norm, A share) {
+    const A* const sums = column_sums();
+    for (int i = 0; i < m; ++i) {
       for (int j = 0; j < m; ++j) {
-        t1[j] += t2[j];
+        grad_a[i * width + j] += sums[j] == norm ? share : A{0};
       }
     }
-    const A largest = *std::max_element(t1, t1 + m);
-    *ties = static_cast<int>(std::count(t1, t1 + m, largest));
-    return largest;
   }
 
   // Z of `a` from aᵀ / norm.
@@ -117,6 +115,22 @@ class Inverse {
   static constexpr int kLanes = vector_t<A>::kLanes;
   static constexpr int kShort = 16;  // of a long sum: sums of so many, and their sum, round less
   size_t size() const { return static_cast<size_t>(m) * width; }
+  // In t1, which the next product overwrites.
+  const A* column_sums() {
+    std::fill_n(t1, width, A{0});
+    for (int first = 0; first < m; first += kShort) {
+      std::fill_n(t2, width, A{0});
+      for (int i = first; i < std::min(m, first + kShort); ++i) {
+        for (int j = 0; j < m; ++j) {
+          t2[j] += a[i * width + j];
+        }
+      }
+      for (int j = 0; j < m; ++j) {
+        t1[j] += t2[j];
+      }
+    }
+    return t1;
+  }
   A* state(int n) { return states_ + (keeps_all_ ? n : n % 2) * size(); }
 
   template <class Each>
