@@ -5,11 +5,12 @@ BIN := $(CURDIR)/$(VENV)/bin
 RUN := PATH="$(BIN):$$PATH"
 SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: report test lint bench gpu clean help
+.PHONY: report test thorough lint bench gpu clean help
 
 help:
 	@echo "make report   measure this machine and write report/index.html"
-	@echo "make test     every test that this machine can run"
+	@echo "make test     the tests that this machine can run; of interpreted and emulated kernels one case in seven"
+	@echo "make thorough every case of these as well: hours on two cores"
 	@echo "make lint     ruff, mypy, clang-format"
 	@echo "make bench    pytest-benchmark, to compare two versions of the code"
 	@echo "make gpu      on a machine with a GPU and no network: build, test, sanitize, measure"
@@ -32,6 +33,9 @@ report: $(VENV)/built
 
 test: $(VENV)/built
 	$(RUN) python -m pytest -n auto --dist loadgroup
+
+thorough: $(VENV)/built
+	$(RUN) python -m pytest -n auto --dist loadgroup --thorough
 
 lint: $(VENV)/installed
 	$(RUN) ruff check .
