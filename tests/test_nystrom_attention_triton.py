@@ -51,7 +51,7 @@ def by_triton(call: Call) -> list[Tensor]:
 TILES = {
     "plain": CASE,
     "original": replace(CASE, init="original", heads=2, ridge=0.1),
-    "pinv": replace(CASE, init="pinv", size=4.0),
+    "pinv": replace(CASE, init="pinv", size=8.0),
     "packed": replace(CASE, lengths=(45, 0, 21, 7), surplus=3, conv=5),
     "padding": replace(CASE, padding="holes", batch=2, conv=19),
     "cross": replace(CASE, queries=37, keys=90, query_padding=True),
