@@ -57,8 +57,10 @@ def test_narrower_instruction_sets_meet_the_contract(isa: str) -> None:
     if ISA is None or isas.index(isa) >= isas.index(ISA):
         pytest.skip(f"{ISA} is what the contract runs on")
     which = "cpu-cpu and (within_budget or strides)"
-    if isa == "portable":  # float64 is judged by eager float32, which fuses products and sums where this code cannot
-        which += " and not float64"
+    if isa == "portable":
+        # TODO: 1.05 and 1.16 of their budgets, one draw each; this code rounds products before it adds them.
+        off = "mixed_chunk_attention-e1537 or nystrom_attention-packed_mlpen"
+        which += f" and not (float64 and ({off}))"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_contract.py", "-k", which]
     result = subprocess.run(command, env=os.environ | {"KX_CPU_ISA": isa}, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
