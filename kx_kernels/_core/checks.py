@@ -55,6 +55,12 @@ def check_lengths(op: str, lengths: object, like: torch.Tensor, *others: object)
         reject(op, "lengths", lengths, f"shape [{like.shape[0]}]")
 
 
+def check_ends(op: str, argument: str, ends: torch.Tensor, rows: int) -> None:
+    """Rejects ends of packed sequences that do not ascend or leave the rows: reads data, so only for the CPU."""
+    if int(ends[0]) < 0 or int(ends[-1]) > rows or bool((ends.diff() < 0).any()):
+        reject(op, argument, ends.tolist(), f"ascending places between 0 and the number of rows, {rows}")
+
+
 def check_int(op: str, argument: str, x: object) -> None:
     if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)):
         reject(op, argument, x, "an int", TypeError)

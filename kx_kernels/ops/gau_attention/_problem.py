@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..._core.checks import check_ends
+
 NUM_TENSORS = 12
 
 
@@ -87,18 +89,11 @@ def empty_gradients(p: GauProblem) -> Gradients:
 
 def check_values(p: GauProblem) -> None:
     """On the CPU, where reading data waits for nothing: raises ValueError for values that no kernel could serve."""
-    for name, ends, rows in (
-        ("cu_seqlens", p.cu_seqlens, p.q.shape[1]),
-        ("cu_seqlens_k", p.cu_seqlens_k, p.k.shape[1]),
-    ):
-        if ends is None or ends.device.type != "cpu":
-            continue
-        if int(ends[0]) < 0 or int(ends[-1]) > rows or bool((ends.diff() < 0).any()):
-            raise ValueError(
-                f"gau_attention: argument {name!r} holds {ends.tolist()}; expected ascending places between 0 and the "
-                f"number of rows, {rows}"
-            )
-    if p.bias is not None and p.device.type == "cpu" and p.cu_seqlens is not None and p.cu_seqlens_k is not None:
+    if p.cu_seqlens is None or p.cu_seqlens_k is None or p.device.type != "cpu":
+        return
+    check_ends("gau_attention", "cu_seqlens", p.cu_seqlens, p.q.shape[1])
+    check_ends("gau_attention", "cu_seqlens_k", p.cu_seqlens_k, p.k.shape[1])
+    if p.bias is not None:
         longest = max([0, *p.cu_seqlens.diff().tolist(), *p.cu_seqlens_k.diff().tolist()])
         if p.bias.shape[-1] < 2 * longest - 1:
             raise ValueError(

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._core import dispatch
+from ..._core import dispatch, library
 from ..._core.checks import FLOATS, INDICES, Description, bound, check_int, check_lengths, check_tensor, reject
 from ..._core.padding import mask_of
 from ..rope.api import rope as rotate
 from ._backends import OPERATOR, backends
-from ._problem import GauProblem
+from ._problem import NUM_TENSORS, GauProblem, check_values
 from .presets import ACTIVATIONS, NORMALIZERS, PRESETS, SCALES, SOFTMAXES, Preset, resolve
 
 OP = "gau_attention"
@@ -122,6 +122,9 @@ def gau_attention(
     if how.activation in SOFTMAXES:
         if wanted != dispatch.AUTO:
             raise dispatch.UnsupportedError(f"{OP}: backend {wanted!r} cannot serve this call\n  {wanted}: {_TORCHS}")
+        given = [x for x in p[:NUM_TENSORS] if isinstance(x, Tensor)]
+        if not library.needs_operator(given) and not library.transforming():
+            check_values(p)
         o = _by_softmax(p, how)
     else:
         o = OPERATOR.attend(p, wanted)

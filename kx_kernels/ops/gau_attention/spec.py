@@ -276,6 +276,7 @@ BAD_CALLS = (
     BadCall("cu_seqlens_dtype", _packed(torch.zeros(2)), TypeError, "cu_seqlens", "dtype int32"),
     BadCall("cu_seqlens_large", _packed([0, 5, 10]), ValueError, "cu_seqlens", "the number of rows, 9"),
     BadCall("cu_seqlens_descending", _packed([0, 5, 3]), ValueError, "cu_seqlens", "ascending"),
+    BadCall("cu_seqlens_softmax", _packed([0, 5, 10], preset="gau_alpha"), ValueError, "cu_seqlens", "of rows, 9"),
     BadCall("workspace", _set(workspace=-1), ValueError, "workspace", "bytes, 0 or more"),
     BadCall("backend", _set(backend="gpu"), ValueError, "backend", "'auto', 'cuda', 'triton', 'cpu', 'reference'"),
 )

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..._core.checks import check_ends
+
 ACTIVATIONS = ("silu", "relu", "identity")  # kernels know them by their places
 NUM_TENSORS = 10
 
@@ -86,11 +88,7 @@ def check_values(p: GauInputsProblem) -> None:
     lengths = torch.full((batch,), length)
     if p.cu_seqlens is not None:
         lengths = p.cu_seqlens.diff()
-        if int(p.cu_seqlens[0]) < 0 or int(p.cu_seqlens[-1]) > length or bool((lengths < 0).any()):
-            raise ValueError(
-                f"gau_inputs: argument 'cu_seqlens' is {p.cu_seqlens.tolist()}; expected ascending places between 0 "
-                f"and the number of rows, {length}"
-            )
+        check_ends("gau_inputs", "cu_seqlens", p.cu_seqlens, length)
     if p.cos is not None and lengths.numel() > 0:
         starts = p.offset if p.offsets is None else p.offsets
         last = int(torch.where(lengths > 0, lengths + starts, 0).max()) - 1

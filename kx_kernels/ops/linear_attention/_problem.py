@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..._core.checks import check_ends
+
 FEATURE_MAPS = ("identity", "elu1", "relu", "relu2", "exp")  # in the order of csrc/linear_attention/problem.h
 NUM_TENSORS = 12
 
@@ -129,12 +131,7 @@ def check_values(p: LinearAttentionProblem) -> None:
     lengths = torch.full((p.sequences,), p.q.shape[1])
     if p.cu_seqlens is not None:
         lengths = p.cu_seqlens.diff()
-        first, last, total = int(p.cu_seqlens[0]), int(p.cu_seqlens[-1]), p.q.shape[1]
-        if first < 0 or last > total or bool((lengths < 0).any()):
-            raise ValueError(
-                f"linear_attention: argument 'cu_seqlens' is {p.cu_seqlens.tolist()}; expected ascending places "
-                f"between 0 and the number of tokens, {total}"
-            )
+        check_ends("linear_attention", "cu_seqlens", p.cu_seqlens, p.q.shape[1])
     if p.slots is not None and p.kv0 is not None:
         used = p.slots.tolist()
         if len(set(used)) < len(used) or not all(0 <= slot < p.kv0.shape[0] for slot in used):

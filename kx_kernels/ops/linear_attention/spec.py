@@ -256,7 +256,7 @@ BAD_CALLS = (
     ),
     BadCall("cu_seqlens_dtype", _packed(torch.zeros(2)), TypeError, "cu_seqlens", "dtype int32"),
     BadCall("cu_seqlens_shape", _packed(torch.zeros(0, dtype=torch.int32)), ValueError, "cu_seqlens", "one more than"),
-    BadCall("cu_seqlens_large", _packed([0, 5, 10]), ValueError, "cu_seqlens", "the number of tokens, 9"),
+    BadCall("cu_seqlens_large", _packed([0, 5, 10]), ValueError, "cu_seqlens", "the number of rows, 9"),
     BadCall("cu_seqlens_descending", _packed([0, 5, 3]), ValueError, "cu_seqlens", "ascending"),
     BadCall("cu_seqlens_negative", _packed([-1, 5]), ValueError, "cu_seqlens", "ascending places between 0"),
     BadCall("state_type", _set(initial_state=torch.ones(2)), TypeError, _STATE, "a pair of tensors"),

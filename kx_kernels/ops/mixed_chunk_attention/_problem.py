@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..._core.checks import check_ends
+
 NUM_TENSORS = 14
 
 
@@ -86,15 +88,10 @@ def empty_gradients(p: MixedProblem) -> Gradients:
 
 def check_values(p: MixedProblem) -> None:
     """On the CPU, where reading data waits for nothing: raises ValueError for values that no kernel could serve."""
-    ends, rows = p.cu_seqlens, p.v.shape[1]
-    if ends is None or ends.device.type != "cpu":
+    if p.cu_seqlens is None or p.device.type != "cpu":
         return
-    if int(ends[0]) < 0 or int(ends[-1]) > rows or bool((ends.diff() < 0).any()):
-        raise ValueError(
-            f"mixed_chunk_attention: argument 'cu_seqlens' holds {ends.tolist()}; expected ascending places between 0 "
-            f"and the number of rows, {rows}"
-        )
-    longest = min(p.chunk_size, max([0, *ends.diff().tolist()]))
+    check_ends("mixed_chunk_attention", "cu_seqlens", p.cu_seqlens, p.v.shape[1])
+    longest = min(p.chunk_size, max([0, *p.cu_seqlens.diff().tolist()]))
     if p.bias is not None and p.bias.shape[-1] < 2 * longest - 1:
         raise ValueError(
             f"mixed_chunk_attention: argument 'bias' has {p.bias.shape[-1]} distances; expected at least "

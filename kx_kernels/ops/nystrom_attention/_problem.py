@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..._core.checks import check_ends
+
 NUM_TENSORS = 12
 
 
@@ -86,11 +88,5 @@ def empty_gradients(p: NystromProblem) -> Gradients:
 
 def check_values(p: NystromProblem) -> None:
     """On the CPU, where reading data waits for nothing: raises ValueError for values that no kernel could serve."""
-    ends = p.cu_seqlens
-    if ends is None or ends.device.type != "cpu":
-        return
-    if int(ends[0]) < 0 or int(ends[-1]) > p.q.shape[1] or bool((ends.diff() < 0).any()):
-        raise ValueError(
-            f"nystrom_attention: argument 'cu_seqlens' holds {ends.tolist()}; expected ascending places between 0 and "
-            f"the number of rows, {p.q.shape[1]}"
-        )
+    if p.cu_seqlens is not None and p.device.type == "cpu":
+        check_ends("nystrom_attention", "cu_seqlens", p.cu_seqlens, p.q.shape[1])
