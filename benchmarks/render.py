@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 from plotly.offline import get_plotlyjs
 
-from . import figures, sections, suite
+from . import figures, sections, suite, units
 from .claims import FAILS, HOLDS, OPEN, all_claims
 from .claims.evidence import Evidence
 from .claims.figures import of_claim
@@ -115,7 +115,7 @@ def render(folder: Path, *, quick: bool = False, mine: str | None = None) -> lis
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"short": figures.short, "of_bound": sections.of_bound}
+    environment.filters |= {"short": units.short, "time": units.time, "size": units.size, "of_bound": figures.of_bound}
     shown = {
         "devices": [device(parts) for parts in kept],
         "goals": goals,

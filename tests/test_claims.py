@@ -257,6 +257,31 @@ def test_like_is_timed_against_like() -> None:
     assert verdicts("C13", times=timed(laws, LENGTHS, "both"))[of] == OPEN
 
 
+@pytest.mark.parametrize(
+    ("pairs", "tokens", "longest", "verdict"),
+    [(600, 0, 4096, HOLDS), (20, 0, 16384, FAILS), (0, 1e5, 65536, FAILS), (0, 1e3, 1 << 20, FAILS)],
+)
+def test_the_longest_that_fits(pairs: float, tokens: float, longest: int, verdict: str) -> None:
+    """In 11 GB; for softmax attention 4,096 are said, for linear attention at least 65,536."""
+
+    def rows(name: str, by: str, noise: float = 0) -> list[dict[str, Any]]:
+        bytes_at = {n: 1e3 + tokens * n + pairs * n * n for n in (256, 512, 1024, 2048)}
+        return [
+            {"name": name, "by": by, "length": n, "peak": x * (1 + noise * (n == 512))} for n, x in bytes_at.items()
+        ]
+
+    of = "the longest that fits into 11 GB, {}"
+    found = answers("C13", training=rows("attention", "eager") + rows("linear attention", "ours"))
+    softmax, linear = (found[of.format(name)] for name in ("materialised attention", "linear attention, ours"))
+    assert softmax.measured.startswith(f"n = {longest:,},")
+    assert softmax.verdict == verdict
+    assert linear.verdict == (HOLDS if longest >= 65536 else FAILS)
+    assert found[of.format("fused attention")].verdict == OPEN
+    if pairs == 600:  # 8,192 take four times 11 GB, 4,096 all but one: noise of that order leaves it open
+        noisy = answers("C13", training=rows("attention", "eager", 0.5))[of.format("materialised attention")]
+        assert noisy.verdict == OPEN
+
+
 def decoded(state: Law, cache: Law, contexts: tuple[int, ...] = (256, 1024, 4096)) -> list[dict[str, Any]]:
     return [
         {"name": name, "length": n, "bytes": 1, "times": [law(n) * x for x in NOISE]}
