@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -90,24 +91,37 @@ class Allowance:
         return f"a call takes {units.time(once)} or more, and {units.time(self.left)} were left for {calls} of them"
 
 
+READY = 0.5  # of an allowance: what making contenders ready may take
+LATE = "no time was left to make it ready"
+
+
 class OutOfTime(BaseException):
     """What `ending` raises: no error of what it ends, which might catch those."""
 
 
 @contextmanager
 def ending(seconds: float) -> Iterator[None]:
-    """Ends what is inside after so many seconds, or when the call of a kernel that is on its way has returned."""
+    """Ends what is inside after so many seconds, or when the call of a kernel that is on its way has returned, or an
+    import, which would leave half a module. What is inside may have an end of its own, before.
+    """
 
-    def stop(*_: object) -> None:
+    def stop(_: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code.co_filename.startswith("<frozen importlib"):
+                signal.setitimer(signal.ITIMER_REAL, 0.05)
+                return
+            frame = frame.f_back
         raise OutOfTime
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))  # 0 would be never
+    before, begin = signal.signal(signal.SIGALRM, stop), time.perf_counter()
+    outer, _ = signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))  # 0 would be never
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        if outer:
+            signal.setitimer(signal.ITIMER_REAL, max(outer - (time.perf_counter() - begin), 1e-3))
 
 
 def reason(error: BaseException) -> str:
@@ -203,7 +217,7 @@ def limits(device: str) -> dict[str, Any]:
     for dtype in (torch.float32, torch.bfloat16) if device == "cuda" else (torch.float32,):  # which CPUs convert to
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         calls[str(dtype).removeprefix("torch.")] = lambda _, a=a, b=b: a @ b
-    times, failed = rounds(calls, device, 2.0, Allowance(20))
+    times, failed = rounds(calls, device, 1.0, Allowance(20))
     if failed:
         raise RuntimeError("; ".join(failed.values()))
     medians = {name: statistics.median(mine) for name, mine in times.items()}

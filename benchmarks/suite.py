@@ -42,11 +42,9 @@ from . import (
 from .environment import ROOT, cache_bytes, device_name, environment, slug
 
 RESULTS = ROOT / "benchmarks" / "results"
-QUICK_SECONDS, WHOLE_SECONDS = (
-    90.0,
-    1620.0,
-)  # of a run; what starts it and draws its page takes the rest of 2, or 30, minutes
-PREPARED = 0.5  # of what a step may take: then no more contenders are made ready
+# Of a run; what starts it and draws its page has the rest of 2, or of 30, minutes.
+QUICK_SECONDS, WHOLE_SECONDS = 95.0, 1620.0
+PATIENCE = 5.0  # seconds that any step is given
 COMPILED = (128, 512, 2048, 8192)  # tokens, of these lengths, at which compilers take part
 MEMORY = (512, 2048, 8192, 32768)  # tokens, of the lengths that times grow over
 QUICK, PARTS, PARTIAL = (ROOT / "report" / name for name in ("quick", "parts", "partial"))
@@ -100,12 +98,15 @@ def timings(
     contenders = {op.LIMIT: op.limit(buffers)}
     chosen = entered(mine, compiled)
     missing = {c.name: f"compiling is left out {'by --quick' if quick else 'here'}" for c in mine if c not in chosen}
+    ready = measure.Allowance(allowance.left * measure.READY)
     for contender in chosen:
-        late = allowance.left < (1 - PREPARED) * allowed
-        if why := "no time was left to make it ready" if late else refused(contender.name):
-            missing[contender.name] = why
-            continue
-        ((_, call),) = contest.calls(op, buffers, [contender])
+        call: object = ready.refused() or refused(contender.name)
+        if call is None:
+            try:
+                with measure.ending(ready.left):
+                    ((_, call),) = contest.calls(op, buffers, [contender])
+            except measure.OutOfTime:
+                call = measure.LATE
         if isinstance(call, str):
             missing[contender.name] = call
         else:
@@ -205,30 +206,40 @@ class Step(NamedTuple):
         return f"{self.where}/{self.what}"
 
 
+def calling(case: Any, device: str) -> float:
+    """About how many seconds the calls of four contenders take, beyond what rounds of fast ones do; few if they are so
+    many that the case is refused.
+    """
+    seconds = 4 * measure.CALLS * case.flops / (1e11 if device == "cpu" else 2e14)
+    return seconds if seconds < 30 else 0.0
+
+
 def operator_steps(op: Any, name: str, device: str, quick: bool) -> Iterator[Step]:
     cases, sweep, shared = op.cases(device), op.sweep(device), op.shared(device)
-    seconds, short = (0.5, 0.1) if quick else (4.0, 1.0)
+    seconds, short = (0.4, 0.1) if quick else (3.0, 1.0)
     if quick:
         cases, sweep, shared = [cases[0], cases[-1]], sweep[:5:2], []
     most = max(cases, key=lambda case: case.work)
     measured = cases[:1] if quick else dict.fromkeys([cases[0], most, *(c for c in sweep if c.length in MEMORY)])
-    yield Step("roofline", "copy and products", lambda _: measure.limits(device), 5)
+    yield Step("roofline", "copy and products", lambda _: measure.limits(device), 1)
     for where, chosen, budget in (("timings", cases, seconds), ("growth", sweep, short), ("shared", shared, short)):
         for case in chosen:
-            compiled = not quick and (where == "timings" or case.length in COMPILED)
+            plain = where == "growth" and not case.name.count(",") and case.length in COMPILED
+            compiled = not quick and (where == "timings" or plain)
             find = functools.partial(timings, op, case, device, budget, quick, compiled=compiled)
-            imports = 10 if case == cases[0] and where == "timings" else 0  # of peers, once
-            yield Step(where, case.name, find, 2 * budget + imports + (1 if quick else 12 if compiled else 3))
+            imports = 4 if case == cases[0] and where == "timings" else 0  # of peers, once
+            expected = 2 * budget + imports + (1 if quick else 10 if compiled else 3) + calling(case, device)
+            yield Step(where, case.name, find, expected)
     yield Step("host", "host time", lambda _: host_times(op, device, quick), 2 if quick else 15)
     for case in measured:
         find = functools.partial(memory, op, case, device, not quick and case == cases[0])
-        yield Step("memory", f"memory, {case.name}", find, 3 if quick else 12 if case == cases[0] else 4)
-    yield Step("import", "import", lambda _: import_seconds(1 if quick else 5), 10)
-    yield Step("accuracy", "accuracy", lambda _: accuracy.measure(name, device, quick), 2 if quick else 60)
+        yield Step("memory", f"memory, {case.name}", find, 2 if quick else 12 if case == cases[0] else 3)
+    yield Step("import", "import", lambda _: import_seconds(1 if quick else 5), 1 if quick else 5)
+    yield Step("accuracy", "accuracy", lambda _: accuracy.measure(name, device, quick), 1 if quick else 60)
     if not quick:
         yield Step("", "extras", lambda _: op.extras(), 10)
         yield Step("counts", "counts", lambda _: counts.measure(name, device), 15)
-    yield Step("machine_code", "machine code", lambda _: machine_code(name, quick), 1 if quick else 30)
+    yield Step("machine_code", "machine code", lambda _: machine_code(name, quick), 0.1 if quick else 30)
 
 
 def machine_code(name: str, quick: bool) -> dict[str, Any]:
@@ -242,15 +253,16 @@ def layer_steps(device: str, quick: bool) -> Iterator[Step]:
     seconds, least = (0.3, 3) if quick else (2.0, 5)
     passes = {"forward": lengths} | ({} if quick else {"both": layers.BOTH})
     places = [(size, n, what) for what, mine in passes.items() for size in mine for n in mine[size]]
-    yield Step("roofline", "copy and products", lambda _: measure.limits(device), 5)
+    yield Step("roofline", "copy and products", lambda _: measure.limits(device), 1)
 
     def times(level: str, width: int, n: int, what: str) -> Step:
         name = f"H = {width}, n = {n}{', forward and backward' if what == 'both' else ''}, {level}"
         chosen = layers.timed(level, width, n, what, quick)
         find = functools.partial(layers.times, chosen, width, n, what, device, seconds, least=least)
-        each = 3e-4 * n * (1 + n / 8192) * width / base * (3.3 if what == "both" else 1)
+        flops = sum(part.about(width, n) for part in chosen) * (3.3 if what == "both" else 1)
         compiled = sum(part.by == "torch.compile" for part in chosen)
-        return Step("times", name, find, seconds + each * len(chosen) + 8 * compiled)
+        calls = measure.CALLS * flops / (1.5e11 if device == "cpu" else 1e13)
+        return Step("times", name, find, 1.5 * seconds + calls + 8 * compiled)
 
     for n in () if quick else layers.SHORT:
         yield times("mixing", base, n, "forward")
@@ -275,7 +287,7 @@ def layer_steps(device: str, quick: bool) -> Iterator[Step]:
 def quality_steps(quick: bool) -> Iterator[Step]:
     for name, experiment in quality.EXPERIMENTS.items():
         if not (quick and name in TRAINED):
-            yield Step(name, name, lambda _, find=experiment: find(), 10 if name in TRAINED else 2)
+            yield Step(name, name, lambda _, find=experiment: find(), 10 if name in TRAINED else 1)
 
 
 NAMES = (*OPERATORS, "layers", "quality")
@@ -414,7 +426,8 @@ def run(
     A run that is interrupted goes on where it was, and measures nothing again that is found, of whatever name.
 
     Every step is allowed its share of the time that is left, by what it is expected to take: where earlier ones were
-    slow, later ones look at less, and what one leaves is the others'. One that takes twice its share is ended.
+    slow, later ones look at less, and what one leaves is the others'. One that takes twice its share, and PATIENCE, is
+    ended.
 
     Args:
         fresh: forgets what an interrupted run found.
@@ -442,7 +455,7 @@ def run(
             for step in left[name]:
                 progress.set_postfix_str(step.what)
                 share = allowance.left * step.seconds / rest
-                kept[name].measure(step, share, min(2 * share, allowance.left))
+                kept[name].measure(step, share, min(max(2 * share, PATIENCE), allowance.left))
                 progress.update(step.seconds)
                 rest -= step.seconds
             head = {"quick": quick, "allowed_seconds": allowed, "environment": facts}
