@@ -263,12 +263,12 @@ def layers(results: Results) -> list[tuple[str, Figure]]:
 
 def logs() -> list[dict[str, Any]]:
     """How each kept model was trained."""
-    files = {name: models.WEIGHTS / f"{name}.json" for name in models.MODELS}
+    files = {name: models.WEIGHTS / f"{name}.json" for name in (*models.MODELS, *models.COPYING)}
     return [json.loads(file.read_text()) for file in files.values() if file.exists()]
 
 
 def training() -> Figure:
-    attention = ("roformer", "roformer-masked")
+    attention = ("roformer", "roformer-masked", "roformer-copy")
     series = {
         log["name"] + (", ours" if log["name"] not in attention else ""): {p["step"]: p["loss"] for p in log["curve"]}
         for log in logs()

@@ -427,12 +427,36 @@ def test_little_is_not_only_less_than_much(causal: float, masked: float, expecte
     assert OPEN in found.values()  # no bands
 
 
+@pytest.mark.parametrize(("softmax", "linear", "verdict"), [(0.0, 0.1, HOLDS), (0.0, 2.3, FAILS), (2.3, 2.3, OPEN)])
+def test_who_copies(softmax: float, linear: float, verdict: str) -> None:
+    rows = [{"mixing": "softmax", "loss": softmax}, {"mixing": "linear", "loss": linear}]
+    assert computed("D5", copied=rows)["copying: as well as softmax"] == verdict
+
+
+def test_what_is_copied_is_learned_from_the_copy_alone() -> None:
+    """The loss is of the second half, whose every symbol stands a fixed number of tokens before."""
+    model = models.Model(models.COPYING["linear-copy"])
+    text = models.copies(2, torch.Generator().manual_seed(0))
+    assert torch.equal(text[:, : models.COPIED], text[:, models.COPIED + 1 :])
+
+    def perfect(x: torch.Tensor) -> torch.Tensor:
+        at = (torch.arange(x.shape[1]) - models.COPIED).clamp_min(0)
+        return 100.0 * torch.nn.functional.one_hot(x[:, at], 256)
+
+    model.forward = perfect  # type: ignore[method-assign]
+    assert models.loss(model, text, torch.Generator()) < 1e-3
+
+
+def test_all_weights_are_small() -> None:
+    assert sum(file.stat().st_size for file in models.WEIGHTS.glob("*.safetensors")) <= 4e6
+
+
 @pytest.mark.parametrize(("narrow", "verdict"), [(1.8, HOLDS), (2.2, FAILS)])
 def test_a_band_raises_quality(narrow: float, verdict: str) -> None:
     losses = {16: narrow, 512: 2.0}
     rows = [{"name": name, "band": w, "loss": losses[w]} for name in ("linear", "linear-masked") for w in losses]
     found = computed("D5", bands=rows)
-    assert [v for of, v in found.items() if "band" in of] == [verdict, verdict]
+    assert [v for of, v in found.items() if "band" in of] == [verdict, verdict, OPEN]
 
 
 def made_up(**long: float) -> dict[str, Any]:
