@@ -258,6 +258,23 @@ def layers(results: Results) -> list[tuple[str, Figure]]:
     return [(title, figure) for title, figure in found if figure is not None]
 
 
+def missing(parts: dict[str, Results]) -> list[list[str]]:
+    """Rows without a number, beside those of the tables of operators: what, of whom, and why."""
+    found = []
+    for results in parts.values():
+        for where in ("growth", "shared", "memory", "times", "decoding", "rotary"):
+            for row in results.get(where, []):
+                if "reason" in row and row.get("kind") != "limit":
+                    what = row.get("case") or ", ".join(
+                        f"{told}{row[key]}"
+                        for key, told in (("level", ""), ("width", "H = "), ("length", "n = "), ("what", ""))
+                        if key in row
+                    )
+                    who = row.get("contender") or ", ".join(filter(None, (row["name"], row.get("by"))))
+                    found.append([f"{results['op']}, {where}", what, who, row["reason"]])
+    return found
+
+
 # Small models
 
 
