@@ -346,14 +346,17 @@ class Kept:
         return step.key in self.found or step.key in self.failed
 
     def measure(self, step: Step, allowed: float, most: float) -> None:
-        """allowed: seconds that it is told to do with; most: those after which it is ended."""
+        """allowed: seconds that it is told to do with; most: those after which it is ended, if there are any."""
+        if most <= 0:
+            self.failed[step.key], self.seconds[step.key] = "no time was left for it", 0.0
+            return
         self._write(begun=step.key)
         begin = time.perf_counter()
         try:
             with measure.ending(most):
                 self.found[step.key] = step.find(allowed)
         except measure.OutOfTime:
-            self.failed[step.key] = f"no time was left for it after {units.time(max(0.0, most))}"
+            self.failed[step.key] = f"no time was left for it after {units.time(most)}"
         except KeyboardInterrupt:
             self._write(begun=None)
             raise

@@ -381,6 +381,9 @@ def test_a_run_takes_no_longer_than_it_is_allowed(steps: Steps, monkeypatch: pyt
     assert 0.1 < b <= 0.6 / 4
     assert 0 < d <= 0.2
     assert results["allowed_seconds"] == 1
+    late = run_layers(seconds=1e-9)
+    assert {row["reason"] for row in late["failed"]} == {"no time was left for it"}
+    assert late["wall_seconds"] == 0
 
 
 def test_a_run_that_goes_on_has_what_time_is_left(steps: Steps) -> None:
