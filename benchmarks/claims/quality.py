@@ -152,7 +152,7 @@ def copying(e: Evidence) -> Iterator[Answer]:
     losses = {r["mixing"]: r["loss"] for r in e.computed("copied")}
     chance = math.log(models.SYMBOLS)
     told = ", ".join(f"{name} {x:.2g}" for name, x in losses.items()) + f" nats per symbol; guessing {chance:.2f}"
-    why = f"{models.COPIED} of {models.SYMBOLS} symbols, models trained alike for 1,000 steps; {LITTLE:.0%} of guessing allowed"
+    why = f"{models.COPIED} of {models.SYMBOLS} symbols, models trained alike, 1,000 steps; {LITTLE:.0%} of guessing"
     if losses["softmax"] > LITTLE * chance:
         yield Answer("copying: as well as softmax", told, OPEN, f"softmax attention did not learn it; {why}")
     else:
