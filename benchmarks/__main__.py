@@ -21,7 +21,9 @@ from .environment import ROOT, device_name
 def answers(claim: Claim, options: argparse.Namespace) -> str:
     """Measures what a claim needs, beside what is kept, and tells what it says to the claim."""
     name = suite.holder(claim.needs)
-    row = claim.row(Evidence(suite.run([name], options.device, options.quick, options.fresh, claim.needs)))
+    row = claim.row(
+        Evidence(suite.run([name], options.device, options.quick, options.fresh, claim.needs, options.seconds))
+    )
     table = tabulate([list(a.values()) for a in row["answers"]], ["read as", "measured", "verdict", "why"])
     return (
         f"{claim.id}: {claim.says} ({claim.source})\npredicted: {claim.predicted}\ncounted: {row['counted']}\n{table}"
@@ -38,6 +40,10 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="fewer cases, wider spreads; kept apart in report/")
+    parser.add_argument(
+        "--seconds", type=float,
+        help=f"that measuring may take ({suite.WHOLE_SECONDS:g}; --quick: {suite.QUICK_SECONDS:g})",
+    )  # fmt: skip
     parser.add_argument("--fresh", action="store_true", help="do not go on from an interrupted run")
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="print what changed since an earlier run")
     options = parser.parse_args()
@@ -45,7 +51,9 @@ def main() -> None:
         options.only = [json.loads(options.compare.read_text())["op"]]
     if options.what in ("report", "measure"):
         names = [name for name in options.only or suite.NAMES if name not in claims]
-        for name, results in suite.run(names, options.device, options.quick, options.fresh).items():
+        for name, results in suite.run(
+            names, options.device, options.quick, options.fresh, None, options.seconds
+        ).items():
             file = suite.kept_file(name, options.device, options.quick).relative_to(ROOT)
             print(f"measured in {results['wall_seconds']:.0f} s: {file}")
             for failure in results["failed"]:

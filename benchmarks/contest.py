@@ -43,6 +43,7 @@ class Contender:
     kind: "ours", "torch", "peer", or "other" for what computes something else on purpose.
     package: that it comes from.
     exact: what it has to give of the first rows, in float64, where that is not what the operator gives.
+    work: bytes and flops of a case, where they are not the operator's.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Contender:
     prepare: Callable[[Any], Function]
     package: str = "torch"
     exact: Callable[[Any], Tensor] | None = None
+    work: Callable[[Any], dict[str, int]] | None = None
 
     @property
     def version(self) -> str:

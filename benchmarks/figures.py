@@ -11,6 +11,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from .units import short
+
 # Every colour is to be seen on white and on the dark page; no two series of a plot share colour and symbol.
 OURS = ("#2563eb", "#0891b2", "#7c3aed", "#0d9488", "#6366f1")
 OTHERS = ("#6b7280", "#b45309", "#db2777", "#4d7c0f", "#d97706")
@@ -30,9 +32,9 @@ class Figure:
     rows: list[list[str]] = field(default_factory=list)
 
 
-def short(value: float) -> str:
-    """Three digits, without an exponent where the number is a large one."""
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"
+def of_bound(row: Mapping[str, Any]) -> str:
+    """How much of its roofline a time is, if that was measured."""
+    return f"{row['bound'] / row['seconds']['median']:.2f}" if row.get("bound") else ""
 
 
 def wrapped(text: str) -> str:

@@ -73,6 +73,15 @@ class Case:
 
 BASE = Case("float32, causal", torch.float32, 1, 4096, True)
 LARGE = Case("bfloat16, causal, n = 8192", torch.bfloat16, 8, 8192, True)
+LONGEST = "bfloat16, full, n = 32768"
+TOKENS = 32768  # in all, of sequences that share them
+VARIANTS: dict[str, dict[str, Any]] = {
+    "": {},
+    "full, ": {"causal": False},
+    "forward and backward, ": {"what": "both"},
+    "full, forward and backward, ": {"causal": False, "what": "both"},
+}
+"""Of calls at growing lengths."""
 
 
 def cases(device: str) -> list[Case]:
@@ -102,16 +111,23 @@ def cases(device: str) -> list[Case]:
 
 
 def sweep(device: str) -> list[Case]:
-    """The same call at growing lengths."""
-    base, most = (BASE, 14) if device == "cpu" else (replace(LARGE, batch=1), 15)
-    return [replace(base, name=f"n = {1 << n}", length=1 << n) for n in range(7, most + 1)]
+    """The same call at growing lengths; of the variants, at every other one."""
+    base = replace(BASE if device == "cpu" else LARGE, batch=1)
+    return [
+        replace(base, name=f"{variant}n = {1 << n}", length=1 << n, **how)
+        for variant, how in VARIANTS.items()
+        for n in range(7, 16, 2 if variant else 1)
+    ]
 
 
 def shared(device: str) -> list[Case]:
     """The same number of tokens in longer and fewer sequences."""
-    tokens, lengths = (4096, range(7, 13, 2)) if device == "cpu" else (32768, range(7, 16))
     base = BASE if device == "cpu" else LARGE
-    return [replace(base, name=f"n = {1 << n}", batch=tokens >> n, length=1 << n) for n in lengths]
+    return [
+        replace(base, name=f"{variant}n = {1 << n}", batch=TOKENS >> n, length=1 << n, **how)
+        for variant, how in VARIANTS.items()
+        for n in range(7, 16, 2)
+    ]
 
 
 class Inputs:
@@ -272,6 +288,13 @@ def _compiled_module(x: Inputs) -> Function:
     return torch.compile(_modules(theirs=True)(x), dynamic=False)
 
 
+def _mixed_work(case: Case) -> dict[str, int]:
+    """Products within chunks, causal half of them, and with the sums of all before or of all."""
+    within = min(case.length, CHUNK) * (KEY_DIM + VALUE_DIM) // (2 if case.causal else 1)
+    forward = 2 * case.batch * case.length * (within + 2 * KEY_DIM * VALUE_DIM)
+    return {"flops": forward * (3 if case.what == "both" else 1)}
+
+
 MIXED = "mixed chunks (FLASH)"
 CONTENDERS = [
     *(Contender(f"kx {backend}", "ours", _ours(backend)) for backend in ("cuda", "triton", "cpu", "reference")),
@@ -279,7 +302,7 @@ CONTENDERS = [
     Contender("torch.compile", "torch", _compiled),
     Contender("softmax attention (SDPA)", "other", _softmax, exact=_softmax_exact),
     Contender("FlexAttention, log(f + 1)", "torch", _flex),
-    Contender(MIXED, "other", _mixed, exact=_mixed_exact),
+    Contender(MIXED, "other", _mixed, exact=_mixed_exact, work=_mixed_work),
 ]
 LAYERS = [
     Contender("kx compat.flash_pytorch", "ours", _modules(theirs=False)),
@@ -361,13 +384,28 @@ def extras() -> dict[str, Any]:
     return {"tiny_scores": found}
 
 
-def _megabytes(results: dict[str, Any]) -> Measured | None:
-    """What the CPU kernel holds at most beside its inputs and its result."""
+def _held(results: dict[str, Any], case: Case, ours: tuple[str, ...]) -> Measured | None:
+    """Megabytes that our kernel holds at most beside its inputs and its result."""
     for row in results["memory"]:
-        if row["contender"] == "kx cpu" and "peak" in row:
-            out = BASE.batch * BASE.length * VALUE_DIM * BASE.dtype.itemsize
+        if row["case"] == case.name and row["contender"] in ours and "peak" in row:
+            out = case.batch * case.length * VALUE_DIM * case.dtype.itemsize
             return ((row["peak"] - out) / 1e6,) * 3
     return None
+
+
+def _megabytes(results: dict[str, Any]) -> Measured | None:
+    return _held(results, BASE, ("kx cpu",))
+
+
+def _most_megabytes(results: dict[str, Any]) -> Measured | None:
+    return _held(results, next(case for case in cases("cuda") if case.name == LONGEST), OURS)
+
+
+def _useful(results: dict[str, Any]) -> Measured | None:
+    name = "bfloat16, full, n = 8192"
+    found = contest.milliseconds(name, OURS)(results)
+    work = next(case.work for case in cases("cuda") if case.name == name)
+    return (work / found[0] / 1e9, work / found[2] / 1e9, work / found[1] / 1e9) if found else None
 
 
 def _mixed_speedup(results: dict[str, Any]) -> Measured | None:
@@ -405,8 +443,11 @@ def goals() -> list[Goal]:
         ("bfloat16, causal, n = 32768", 24),
     ):
         found.append(Goal("", gpu, f"{case}, B 8", target, "ms", contest.milliseconds(case, OURS), at_most=True))
-    for case, target in (("bfloat16, full, n = 8192", 1.0), ("bfloat16, causal, n = 8192", 1.8)):
-        found.append(
-            Goal("as fast as torch.compile", gpu, f"{case}, B 8", target, "×", speedup(case, "torch.compile", OURS))
-        )
+    for n in (512, 2048, 8192, 32768):
+        for how, target in (("full", 1.0), ("causal", 1.8)):
+            name = f"bfloat16, {how}, n = {n}"
+            value = speedup(name, "torch.compile", OURS)
+            found.append(Goal("as fast as torch.compile", gpu, f"{name}, B 8", target, "×", value))
+    found.append(Goal("useful", gpu, "bfloat16, full, n = 8192, B 8", 615, "TFLOP/s", _useful))
+    found.append(Goal("beside inputs and result", gpu, f"{LONGEST}, B 8", 500, "MB", _most_megabytes, at_most=True))
     return found

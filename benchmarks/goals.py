@@ -28,6 +28,12 @@ class Goal:
     value: Callable[[Results], Measured | None]
     at_most: bool = False  # else at least
 
+    def _measured(self, result: Results) -> Measured | None:
+        try:
+            return self.value(result)
+        except KeyError:  # a step left nothing
+            return None
+
     def verdict(self, results: list[Results]) -> dict[str, str]:
         """The row of the report: what was measured on the machines the goal is about, if any was at hand."""
         row = {
@@ -38,7 +44,7 @@ class Goal:
             "verdict": "not measured here",
         }
         for result in results:
-            measured = self.value(result) if self.where.fits(result["environment"]) else None
+            measured = self._measured(result) if self.where.fits(result["environment"]) else None
             if measured is not None:
                 median, low, high = measured
                 row["measured"] = f"{median:.2f} ({low:.2f}–{high:.2f}) {self.unit}"

@@ -36,8 +36,8 @@ for tool in memcheck racecheck initcheck; do
     -k "within_budget and cuda-cuda and (bfloat16 or float64) and (R6 or D128 or s128 or packed or cu_seqlens)"
 done
 operators=(--only rope --only linear_attention --only gau_attention --only nystrom_attention)
-step measure 200 "$python" -m benchmarks measure --device cuda "${operators[@]}"
-step layers 100 "$python" -m benchmarks measure --device cuda --only layers --only quality  # a second call goes on
+step measure 200 "$python" -m benchmarks measure --device cuda --seconds 170 "${operators[@]}"
+step layers 100 "$python" -m benchmarks measure --device cuda --seconds 80 --only layers --only quality
 mkdir -p "$out/results" && cp -r benchmarks/results/*/ "$out/results/" 2> /dev/null
 echo "failed: ${failed[*]:-none}"
 [ ${#failed[@]} -eq 0 ]

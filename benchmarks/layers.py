@@ -32,12 +32,14 @@ LANDMARKS = (32, 64, 128, 256)
 FEATURES = 256  # of Performer: four times the head dimension
 LENGTHS = {"small": (256, 512, 1024, 2048, 4096), "base": (128, 256, 512, 1024, 2048, 4096, 8192)}
 LENGTHS["large"] = (512, 1024, 2048, 4096, 8192)
+BOTH = {"small": (2048,), "base": (512, 1024, 2048, 4096), "large": (2048,)}  # forward and backward
 QUICK = {"small": (256, 1024, 4096), "base": (128, 512, 2048)}
-COMPILED = (512, 2048)  # of whole layers by torch.compile, each of which takes its time
+COMPARED = (512, 2048)  # where every part is timed, whatever the width; at base torch.compile and peers as well
 SETS = 4  # of inputs, taken in turn
 OURS = ("linear attention, state", "linear attention, state, batch 1", "RoPE, ours")  # of what is not a part
 CHECKED = 512  # tokens of which results are compared with the definition's
 SHORT = (32, 64)  # of mixing alone, where linear attention should begin to win
+COMPAT = "kx_kernels.compat."
 MOST_BYTES = 4e9  # of scores that are kept: beyond, a row says that there is no room
 
 Mix = Callable[..., Tensor]
@@ -188,20 +190,26 @@ class Part:
     """Something to time. `level`: "mixing" alone, on heads of `dims`; or "layer", on rows as wide as the model."""
 
     name: str
-    by: str  # "eager", "fused", "torch.compile", "every state", or "ours"
+    by: str  # "eager", "fused", "torch.compile", "every state", "ours", or a peer's package
     level: str
     build: Callable[[int], Callable[..., Tensor]]  # given the width of the model
     dims: tuple[int, int] = (HEAD_DIM, HEAD_DIM)  # of queries and keys, of values; mixing
     gated: bool = False
     kept: int = 0  # numbers per pair of tokens, or of a token and a dimension, that the forward pass holds
     multiple: int = 1  # of which a length has to be
+    exact: Callable[[Any, int], Callable[..., Tensor]] | None = None  # a peer's definition, given what was built
 
     @property
     def usual(self) -> bool:
-        """Of the sizes that come first, and not compiled."""
-        return self.by != "torch.compile" and (
-            self.level == "mixing" or not re.search(r"4d|m = (32|128|256)", self.name)
-        )
+        """Of the sizes that come first, not compiled, and no peer."""
+        first = self.level == "mixing" or not re.search(r"4d|m = (32|128|256)", self.name)
+        return first and self.exact is None and self.by != "torch.compile"
+
+    def about(self, width: int, length: int) -> float:
+        """Floating-point operations of a forward pass, roughly."""
+        linear = 8 * width if self.level == "layer" else 4 * FEATURES
+        quadratic = self.kept or self.by == "fused" or self.name.startswith(("attention", "GAU"))
+        return length * width * (linear + (4 * length * max(1, self.kept) if quadratic else 0))
 
     def made(self, width: int, device: str) -> tuple[Callable[..., Tensor], list[Tensor]]:
         """The function and its weights."""
@@ -209,7 +217,7 @@ class Part:
             function = self.build(width)
         if not isinstance(function, nn.Module):
             return function, []
-        return function.to(device), list(function.parameters())
+        return function.to(device).eval(), list(function.parameters())
 
     def shapes(self, width: int, length: int) -> list[tuple[int, ...]]:
         """Of its inputs, the last of which is as large as its output."""
@@ -243,6 +251,127 @@ def _twice(build: Callable[[int], nn.Module]) -> Callable[[int], nn.Module]:
 
 def _compiled(build: Callable[[int], nn.Module]) -> Callable[[int], Any]:
     return lambda width: torch.compile(build(width), dynamic=False)
+
+
+class Projected(nn.Module):
+    """Hugging Face's attention, and the projection of its output."""
+
+    def __init__(self, attention: nn.Module, width: int) -> None:
+        super().__init__()
+        self.attention: Any = attention
+        self.output = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.attention.seq_len = x.shape[1]  # which Nystromformer's has to know
+        return self.output(self.attention(x)[0])
+
+
+def _projected(mix: Mix) -> Callable[[Any, int], nn.Module]:
+    """Its definition, with the same parameters."""
+
+    def exact(peer: Any, width: int) -> nn.Module:
+        layer = Attention(width, mix)
+        for name in ("weight", "bias"):
+            three = [getattr(getattr(peer.attention, of), name) for of in ("query", "key", "value")]
+            setattr(layer.inputs, name, nn.Parameter(torch.cat(three)))
+        layer.output = peer.output
+        return layer
+
+    return exact
+
+
+def _hugging_face(name: str, **how: Any) -> Callable[[int], Projected]:
+    """The attention of a model of transformers."""
+
+    def build(width: int) -> Projected:
+        module = contest.imported(f"transformers.models.{name.lower()}.modeling_{name.lower()}", "transformers")
+        config = getattr(contest.imported("transformers", "transformers"), f"{name}Config")
+        made = config(hidden_size=width, num_attention_heads=width // HEAD_DIM, **how)
+        return Projected(getattr(module, f"{name}SelfAttention")(made), width)
+
+    return build
+
+
+def _nystromformer(landmarks: int) -> Callable[[int], nn.Module]:
+    """Without its convolution."""
+
+    def build(width: int) -> nn.Module:
+        made = _hugging_face("Nystromformer", num_landmarks=landmarks)(width)
+        del made.attention.conv
+        made.attention.conv_kernel_size = None
+        return made
+
+    return build
+
+
+def _original(landmarks: int) -> Mix:
+    """The inverse begins with the norms of all heads together, as peers have it."""
+    return lambda q, k, v: kx.nystrom_attention(q, k, v, num_landmarks=landmarks, pinv_init="original")
+
+
+def _of(module: str, name: str, **how: Any) -> Callable[[int], Any]:
+    def build(width: int) -> Any:
+        wide = {"heads": width // HEAD_DIM, "dim_head": HEAD_DIM} if name == "NystromAttention" else {}
+        made = getattr(contest.imported(module, module.replace("_", "-")), name)(dim=width, **wide, **how)
+        for key, weight in made.state_dict().items():
+            if key.endswith("gamma"):
+                weight.mul_(200)  # so that scores count beside the residual
+        return made
+
+    return build
+
+
+def _standing_in(build: Callable[[int], Any]) -> Callable[[Any, int], Any]:
+    """The drop-in for what a peer made, with the same parameters."""
+
+    def exact(peer: Any, width: int) -> Any:
+        made = build(width)
+        made.load_state_dict(peer.state_dict(), strict=False)
+        return made.eval()
+
+    return exact
+
+
+def _their_performer(width: int) -> nn.Module:
+    module = contest.imported("performer_pytorch.performer_pytorch", "performer-pytorch")
+    mix = module.FastAttention(HEAD_DIM, FEATURES)
+
+    class Transposed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = mix
+
+        def forward(self, *heads: Tensor) -> Tensor:
+            return self.mix(*(x.transpose(1, 2) for x in heads)).transpose(1, 2)
+
+    return Attention(width, Transposed())
+
+
+def _our_performer(peer: Any, width: int) -> nn.Module:
+    """Of the same features, to which nothing is added."""
+    made = PerformerOurs()
+    made.features.projection.copy_(peer.mix.mix.projection_matrix)
+    layer = Attention(width, made)
+    layer.inputs, layer.output = peer.inputs, peer.output
+    return layer
+
+
+def peers() -> Iterator[Part]:
+    """Layers of other packages. FLASH-pytorch's have their norm, residual and biases by distance."""
+    bert = _hugging_face("Bert", attn_implementation="sdpa")
+    yield Part("attention", "transformers", "layer", bert, exact=_projected(materialised))
+    for m in LANDMARKS:
+        name, how = f"Nyström, m = {m}", {"num_landmarks": m, "residual": False}
+        exact = _projected(_original(m))
+        yield Part(name, "transformers", "layer", _nystromformer(m), multiple=m, exact=exact)
+        theirs, ours = (_of(f"{where}nystrom_attention", "NystromAttention", **how) for where in ("", COMPAT))
+        yield Part(name, "nystrom-attention", "layer", theirs, multiple=m, exact=_standing_in(ours))
+    for name, how in (("GAU", {}), ("FLASH", {"group_size": CHUNK})):
+        how = {"query_key_dim": KEY_DIM, "causal": False} | how
+        theirs, ours = (_twice(_of(f"{where}flash_pytorch", name, **how)) for where in ("", COMPAT))
+        kept = 2 if name == "GAU" else 0
+        yield Part(f"{name} × 2", "FLASH-pytorch", "layer", theirs, gated=True, kept=kept, exact=_standing_in(ours))
+    yield Part("Performer", "performer-pytorch", "layer", _their_performer, exact=_our_performer)
 
 
 def parts() -> Iterator[Part]:
@@ -279,25 +408,37 @@ def parts() -> Iterator[Part]:
         yield Part(name, "eager", "layer", _attention(linear, dims))
         yield Part(name, "ours", "layer", _attention(linear_ours, dims))
     yield Part("Performer", "eager", "layer", lambda width: Attention(width, Performer()))
+    yield Part("Performer", "torch.compile", "layer", _compiled(lambda width: Attention(width, Performer())))
     yield Part("Performer", "ours", "layer", lambda width: Attention(width, PerformerOurs()))
     for m in LANDMARKS:
         yield Part(f"Nyström, m = {m}", "eager", "layer", _attention(nystrom(m)), multiple=m)
         yield Part(f"Nyström, m = {m}", "ours", "layer", _attention(nystrom_ours(m)))
+    yield Part("linear attention", "torch.compile", "layer", _compiled(_attention(linear)))
+    yield Part("Nyström, m = 64", "torch.compile", "layer", _compiled(_attention(nystrom(64))), multiple=64)
     yield Part("GAU × 2", "eager", "layer", two_units, gated=True, kept=2)
     yield Part("GAU × 2", "torch.compile", "layer", _compiled(two_units), gated=True, kept=2)
     yield Part("GAU × 2", "ours", "layer", _twice(kx.nn.GatedAttentionUnit), gated=True)
-    yield Part("FLASH × 2", "eager", "layer", _twice(lambda width: Gated(width, mixed, 4)), multiple=128)
+    two_mixed = _twice(lambda width: Gated(width, mixed, 4))
+    yield Part("FLASH × 2", "eager", "layer", two_mixed, multiple=128)
+    yield Part("FLASH × 2", "torch.compile", "layer", _compiled(two_mixed), multiple=128)
     yield Part("FLASH × 2", "ours", "layer", _twice(lambda width: kx.nn.FLASH(width, chunk_size=CHUNK)))
+    yield from peers()
 
 
 def timed(level: str, width: int, length: int, what: str, quick: bool) -> list[Part]:
-    """The parts that are timed there: those of the sizes that come first where each takes its time."""
-    found = [p for p in parts() if p.level == level]
-    if quick or what == "both" or length > 4096 or width != WIDTHS["base"]:
-        found = [p for p in found if p.usual]
-    if width != WIDTHS["base"]:
+    """The parts that are timed there: all at base forward and where they are compared, else the usual ones. What is
+    causal is here for its memory.
+    """
+    base = width == WIDTHS["base"]
+    found = [p for p in parts() if p.level == level and "causal" not in p.name]
+    if length in SHORT:
+        return [p for p in found if re.match("attention|linear", p.name)]
+    if not base and (quick or length not in COMPARED):
         found = [p for p in found if p.name in ("attention", "feed-forward", "projections")]
-    return [p for p in found if p.by != "torch.compile" or length in COMPILED]
+    if quick or (what == "both" and not (base and length in COMPARED)):
+        found = [p for p in found if p.usual]
+    against = base and length in (COMPARED if what == "forward" else COMPARED[-1:])
+    return [p for p in found if against or (p.exact is None and p.by != "torch.compile")]
 
 
 def find(level: str, name: str, by: str) -> Part | None:
@@ -314,8 +455,9 @@ def error(level: str, name: str, by: str, width: int, device: str) -> float:
     part, definition = find(level, name, by), find(level, name, "eager" if name == "attention" else "ours")
     if part is None or definition is None:
         return 0.0
-    function, exact = (p.made(width, device)[0] for p in (part, definition))
-    if isinstance(function, nn.Module) and isinstance(exact, nn.Module):
+    function = part.made(width, device)[0]
+    exact = definition.made(width, device)[0] if part.exact is None else part.exact(function, width)
+    if part.exact is None and isinstance(function, nn.Module) and isinstance(exact, nn.Module):
         exact.load_state_dict(function.state_dict())
     inputs = part.inputs(width, CHECKED, device)
     with torch.no_grad():
@@ -366,10 +508,12 @@ def counted(part: Part, width: int, length: int) -> int:
 def work(part: Part, width: int, length: int, what: str) -> dict[str, Any]:
     """The products of the eager form, and bytes of inputs, weights and output once each; thrice with gradients.
 
-    Nothing where there is no eager form, or where ours has less to do: landmarks as many as tokens are exact attention.
+    Nothing where there is no eager form. With landmarks as many as tokens, ours is exact attention.
     """
     eager = find(part.level, part.name, "eager")
-    if eager is None or length % eager.multiple or length == eager.multiple:
+    if eager is not None and "Nyström" in part.name and length <= eager.multiple and part.by == "ours":
+        eager = find(part.level, "attention", "eager")
+    if eager is None or length % eager.multiple:
         return {}
     shapes, weights = part.shapes(width, length), eager.made(width, "meta")[1]
     values = sum(math.prod(s) for s in (*shapes, shapes[-1], *(w.shape for w in weights)))
@@ -378,7 +522,10 @@ def work(part: Part, width: int, length: int, what: str) -> dict[str, Any]:
 
 
 def version(by: str) -> str:
-    return f"kx_kernels {kx.__version__}" if by == "ours" else f"torch {torch.__version__}"
+    if by == "ours":
+        return f"kx_kernels {kx.__version__}"
+    package = by if by in {part.by for part in peers()} else "torch"
+    return f"{package} {contest.version(package)}"
 
 
 def _row(part: Part, width: int, length: int) -> dict[str, Any]:
@@ -387,23 +534,36 @@ def _row(part: Part, width: int, length: int) -> dict[str, Any]:
 
 
 def times(
-    chosen: Sequence[Part], width: int, length: int, what: str, device: str, seconds: float, least: int = 5
+    chosen: Sequence[Part],
+    width: int,
+    length: int,
+    what: str,
+    device: str,
+    seconds: float,
+    allowed: float,
+    least: int = 5,
 ) -> list[dict[str, Any]]:
-    """One row per part, in seconds per call, or why there is none; all take turns."""
+    """One row per part, in seconds per call, or why there is none; all take turns. allowed: seconds for everything."""
+    allowance, ready = measure.Allowance(allowed), measure.Allowance(allowed * measure.READY)
     calls: dict[str, Callable[[int], object]] = {}
     found: list[dict[str, Any]] = []
     for part in chosen:
-        why = part.missing(width, length, what)
+        counts = work(part, width, length, what)
+        least_seconds = measure.bound(measure.limits(device), counts) if counts else 0.0
+        why = part.missing(width, length, what) or ready.refused() or allowance.refused(least_seconds)
         if why is None:
             try:
-                calls[str(len(found))] = call(part, width, length, what, device)
+                with measure.ending(ready.left):
+                    calls[str(len(found))] = call(part, width, length, what, device)
             except contest.Missing as missing:
                 why = str(missing)
+            except measure.OutOfTime:
+                why = measure.LATE
             except Exception as failure:  # no room for it: the others go on
                 why = measure.reason(failure)
-        row = _row(part, width, length) | {"what": what} | work(part, width, length, what)
+        row = _row(part, width, length) | {"what": what} | counts
         found.append(row | ({"reason": why} if why else {}))
-    rounds, failed = measure.rounds(calls, device, seconds, least)
+    rounds, failed = measure.rounds(calls, device, seconds, allowance, least)
     for at, mine in rounds.items():
         found[int(at)] |= measure.numbers(mine)
     for at, why in failed.items():
@@ -411,11 +571,11 @@ def times(
     return found
 
 
-def memory(chosen: Sequence[Part], width: int, length: int, device: str) -> list[dict[str, Any]]:
+def memory(chosen: Sequence[Part], width: int, length: int, device: str, allowed: float) -> list[dict[str, Any]]:
     """Bytes beyond inputs and weights: at most during a forward pass, and kept for the backward pass."""
-    found = []
+    allowance, found = measure.Allowance(allowed), []
     for part in chosen:
-        row, why = _row(part, width, length), part.missing(width, length, "both")
+        row, why = _row(part, width, length), part.missing(width, length, "both") or allowance.refused()
         try:
             found.append(row | ({"reason": why} if why else _held(part, width, length, device)))
         except Exception as failure:
@@ -431,12 +591,32 @@ def _held(part: Part, width: int, length: int, device: str) -> dict[str, int]:
     return {"peak": peak, "saved": measure.saved_bytes(lambda: function(*inputs), [*inputs, *weights])}
 
 
+def training(width: int, length: int, device: str, allowed: float) -> list[dict[str, Any]]:
+    """Bytes that mixing tokens, forward and backward, holds at most beyond its inputs."""
+    chosen = [p for p in parts() if p.level == "mixing" and p.name in ("attention", "linear attention")]
+    rows = []
+    for part in chosen:
+        function, inputs = part.made(width, device)[0], part.inputs(width, length, device, gradient=True)
+
+        def both(function: Any = function, inputs: list[Tensor] = inputs) -> object:
+            out = function(*inputs)
+            return torch.autograd.grad(out, inputs, torch.ones_like(out))
+
+        rows.append(_row(part, width, length) | {"peak": measure.peak_bytes(both, device)})
+    return rows
+
+
 def _named(
-    calls: Mapping[str, Callable[[int], object]], errors: Mapping[str, float], device: str, seconds: float
+    calls: Mapping[str, Callable[[int], object]],
+    errors: Mapping[str, float],
+    device: str,
+    seconds: float,
+    allowed: float,
 ) -> list[dict[str, Any]]:
     """A row for each call, of those whose result is right with times."""
     reasons = {name: why for name in calls if (why := contest.wrong(errors[name]))}
-    rounds, failed = measure.rounds({n: c for n, c in calls.items() if n not in reasons}, device, seconds)
+    right = {name: call for name, call in calls.items() if name not in reasons}
+    rounds, failed = measure.rounds(right, device, seconds, measure.Allowance(allowed))
     reasons |= failed
     return [
         {"name": name, "version": version("ours" if name in OURS else "")}
@@ -445,12 +625,16 @@ def _named(
     ]
 
 
-def decoding(length: int, device: str, seconds: float) -> list[dict[str, Any]]:
+def decoding(length: int, device: str, seconds: float, allowed: float) -> list[dict[str, Any]]:
     """One token after `length` of them, 12 heads, batch 8 and 1: linear attention's state beside a cache."""
-    return [*_decoding(8, "", length, device, seconds), *_decoding(1, ", batch 1", length, device, seconds)]
+    allowance = measure.Allowance(allowed)
+    large = _decoding(8, "", length, device, seconds, allowed / 2)
+    return [*large, *_decoding(1, ", batch 1", length, device, seconds, allowance.left)]
 
 
-def _decoding(batch: int, suffix: str, length: int, device: str, seconds: float) -> list[dict[str, Any]]:
+def _decoding(
+    batch: int, suffix: str, length: int, device: str, seconds: float, allowed: float
+) -> list[dict[str, Any]]:
     heads = 12
     q, k, v = (torch.randn(batch, 1, heads, HEAD_DIM, device=device) for _ in range(3))
     keys, values = (torch.randn(batch, length, heads, HEAD_DIM, device=device) for _ in range(2))
@@ -470,12 +654,16 @@ def _decoding(batch: int, suffix: str, length: int, device: str, seconds: float)
     attention, state = f"attention, cache of keys and values{suffix}", f"linear attention, state{suffix}"
     errors = {state: contest.off(recurrent(0), expected)}
     errors[attention] = contest.off(cached(0), contest.softmax(q, keys, values))
-    held = {attention: keys.nbytes + values.nbytes, state: kv.nbytes + z.nbytes}
-    rows = _named({attention: cached, state: recurrent}, errors, device, seconds)
-    return [row | {"length": length, "bytes": held[row["name"]]} for row in rows]
+    cache, kept = keys.nbytes + values.nbytes, kv.nbytes + z.nbytes
+    numbers = {  # a cache is read, a state read and written
+        attention: {"bytes": cache, "moved": cache, "flops": 4 * keys.numel()},
+        state: {"bytes": kept, "moved": 2 * kept, "flops": 4 * kv.numel()},
+    }
+    rows = _named({attention: cached, state: recurrent}, errors, device, seconds, allowed)
+    return [row | {"length": length, "dtype": "float32"} | numbers[row["name"]] for row in rows]
 
 
-def rotary(device: str, seconds: float) -> list[dict[str, Any]]:
+def rotary(device: str, seconds: float, quick: bool, allowed: float) -> list[dict[str, Any]]:
     """Positions for q and k of EleutherAI's measurement [2048, 16, 12, 64], a quarter of its batch."""
     shape = (4, 2048, 12, HEAD_DIM)
     q, k, added = torch.randn(shape, device=device), torch.randn(shape, device=device), torch.randn(2048, 1, HEAD_DIM)
@@ -496,16 +684,17 @@ def rotary(device: str, seconds: float) -> list[dict[str, Any]]:
         return turned(q), turned(k)
 
     compiled = torch.compile(eager, dynamic=False)
+    allowance = measure.Allowance(allowed)
     calls: dict[str, Callable[[int], Any]] = {
         "a copy": lambda _: (q.clone(), k.clone()),
         "an embedding added": lambda _: (q + added, k + added),
         "RoPE, eager": lambda _: eager(),
-        "RoPE, torch.compile": lambda _: compiled(),
+        **({} if quick else {"RoPE, torch.compile": lambda _: compiled()}),
         "RoPE, ours": lambda _: kx.rope(q, k, cos, sin, interleaved=False),
         "RoPE, as matrices": lambda _: [torch.einsum("nij,bnhj->bnhi", angle, x) for x in (q, k)],
     }
     expected = kx.rope(q.double(), k.double(), cos, sin, interleaved=False, backend="reference")
     errors = {name: max(map(contest.off, f(0), expected)) for name, f in calls.items() if "RoPE" in name}
     moved = 2 * (q.nbytes + k.nbytes)  # read and written once
-    rows = _named(calls, {"a copy": 0.0, "an embedding added": 0.0} | errors, device, seconds)
-    return [row | {"bytes": moved} for row in rows]
+    rows = _named(calls, {"a copy": 0.0, "an embedding added": 0.0} | errors, device, seconds, allowance.left)
+    return [row | {"bytes": moved, "flops": 0, "dtype": "float32"} for row in rows]

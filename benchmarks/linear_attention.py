@@ -219,6 +219,15 @@ def _softmax_exact(x: Inputs) -> Tensor:
     return contest.softmax(q, k, v, causal=not x.case.past)
 
 
+def _softmax_work(case: Case) -> dict[str, int]:
+    """Of products with the keys before, which decoding reads, and the values: two forward, five backward."""
+    products = 2 * case.batch * case.heads * case.head_dim
+    if case.past:
+        return {"flops": 2 * products * case.past, "bytes": products * case.past * case.dtype.itemsize}
+    count = {"forward": 2, "backward": 5, "both": 7}[case.what]
+    return {"flops": count * products * case.length**2 // 2}
+
+
 def _compiled(prepare: Callable[[Inputs], Function]) -> Callable[[Inputs], Function]:
     return lambda x: torch.compile(prepare(x), dynamic=False)
 
@@ -264,7 +273,7 @@ CONTENDERS = [
     Contender("chunked, torch.compile", "torch", _compiled(_chunked)),
     Contender("quadratic, torch eager", "torch", _quadratic),
     Contender("quadratic, torch.compile", "torch", _compiled(_quadratic)),
-    Contender("softmax attention (SDPA)", "other", _softmax, exact=_softmax_exact),
+    Contender("softmax attention (SDPA)", "other", _softmax, exact=_softmax_exact, work=_softmax_work),
     Contender("flash-linear-attention", "peer", _fla, "flash-linear-attention"),
     Contender("fast-transformers", "peer", _fast_transformers, "pytorch-fast-transformers"),
     Contender("performer-pytorch", "peer", _performer, "performer-pytorch"),

@@ -7,12 +7,15 @@ import itertools
 import json
 import math
 import random
+import signal
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -20,7 +23,11 @@ from torch import Tensor
 
 from kx_kernels._core import native
 
+from . import units
+
 PRECISION = 0.02  # relative error of a median that is enough
+ROUNDS = 3  # at least, of whatever has times
+CALLS = ROUNDS + 3  # and so many calls in all: one that checks the result, two before anything counts
 Call = Callable[[int], object]  # given the number of a turn, so that it can take another set of buffers each time
 
 
@@ -65,6 +72,58 @@ class _CudaClock:
         return statistics.median(begin.elapsed_time(end) for begin, end in pairs) / 1e3
 
 
+class Allowance:
+    """The seconds that something may take, from now on."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self._end = seconds, time.perf_counter() + seconds
+
+    @property
+    def left(self) -> float:
+        return self._end - time.perf_counter()
+
+    def refused(self, once: float = 0.0, calls: int = CALLS) -> str | None:
+        """Why something that takes so long a call, or longer, is not measured in what is left."""
+        if self.left <= 0:
+            return "no time was left for it"
+        if calls * once <= self.left:
+            return None
+        return f"a call takes {units.time(once)} or more, and {units.time(self.left)} were left for {calls} of them"
+
+
+READY = 0.5  # of an allowance: what making contenders ready may take
+LATE = "no time was left to make it ready"
+
+
+class OutOfTime(BaseException):
+    """What `ending` raises: no error of what it ends, which might catch those."""
+
+
+@contextmanager
+def ending(seconds: float) -> Iterator[None]:
+    """Ends what is inside after so many seconds, or when the call of a kernel that is on its way has returned, or an
+    import, which would leave half a module. What is inside may have an end of its own, before.
+    """
+
+    def stop(_: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code.co_filename.startswith("<frozen importlib"):
+                signal.setitimer(signal.ITIMER_REAL, 0.05)
+                return
+            frame = frame.f_back
+        raise OutOfTime
+
+    before, begin = signal.signal(signal.SIGALRM, stop), time.perf_counter()
+    outer, _ = signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))  # 0 would be never
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        if outer:
+            signal.setitimer(signal.ITIMER_REAL, max(outer - (time.perf_counter() - begin), 1e-3))
+
+
 def reason(error: BaseException) -> str:
     """Its kind and its first line."""
     return " ".join([type(error).__name__ + ":", *str(error).splitlines()[:1]])
@@ -82,21 +141,30 @@ def numbers(times: Sequence[float]) -> dict[str, Any]:
 
 
 def rounds(
-    contenders: Mapping[str, Call], device: str, seconds: float, least: int = 7, most: int = 60, seed: int = 0
+    contenders: Mapping[str, Call],
+    device: str,
+    seconds: float,
+    allowance: Allowance,
+    least: int = 7,
+    most: int = 60,
+    seed: int = 0,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Each contender's seconds per call, one number per round, and why others have none.
 
-    In a round all take turns, in shuffled order. Rounds go on until every median is known to PRECISION.
+    In a round all take turns, in shuffled order. Rounds go on until every median is known to PRECISION. The slowest
+    have none where the others would be left without.
 
     Args:
         contenders: by name; each is called two or three times before anything counts. One that fails, for want of
             memory say, leaves the others to go on.
         seconds: about how long the rounds may take.
-        least, most: rounds, however well medians are known; but three, where they take four times those seconds.
+        allowance: what everything may take, calls before anything counts included.
+        least, most: rounds, however well medians are known; but ROUNDS, where they take four times those seconds.
         seed: of the order in a round.
     """
     clock: Any = _CudaClock() if device == "cuda" else _CpuClock()
     calls: dict[str, int] = {}
+    lasts: dict[str, float] = {}  # a turn
     times: dict[str, list[float]] = {}
     failed: dict[str, str] = {}
 
@@ -110,19 +178,26 @@ def rounds(
         return math.nan
 
     for name in contenders:
+        if why := allowance.refused():
+            failed[name] = why
+            continue
         for turn in range(3):
             once = timed(name, turn, 1)
             if name in failed or (turn and once > 0.1):
                 break
         if name not in failed:
             calls[name] = max(1, min(1000, int(2e-3 / max(once, 1e-7)))) if device == "cpu" else 1
-            times[name] = []
+            lasts[name], times[name] = calls[name] * once, []
+    while times and ROUNDS * sum(lasts[name] for name in times) > allowance.left:
+        slowest = max(times, key=lambda name: lasts[name])
+        failed[slowest] = f"a call takes {units.time(lasts[slowest])}, for which no time was left"
+        del times[slowest]
     generator, begin, turn = random.Random(seed), time.perf_counter(), 0
     while times and turn < most:
         taken = time.perf_counter() - begin
         if turn >= least and (taken > seconds or max(map(precision, times.values())) <= PRECISION):
             break
-        if turn >= 3 and taken > 4 * seconds:
+        if turn >= ROUNDS and (taken > 4 * seconds or allowance.left <= 0):
             break
         for name in generator.sample(list(times), len(times)):
             times[name].append(timed(name, turn, calls[name]))
@@ -142,7 +217,7 @@ def limits(device: str) -> dict[str, Any]:
     for dtype in (torch.float32, torch.bfloat16) if device == "cuda" else (torch.float32,):  # which CPUs convert to
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         calls[str(dtype).removeprefix("torch.")] = lambda _, a=a, b=b: a @ b
-    times, failed = rounds(calls, device, 2.0)
+    times, failed = rounds(calls, device, 1.0, Allowance(20))
     if failed:
         raise RuntimeError("; ".join(failed.values()))
     medians = {name: statistics.median(mine) for name, mine in times.items()}
@@ -151,10 +226,10 @@ def limits(device: str) -> dict[str, Any]:
 
 
 def bound(roofline: Mapping[str, Any], row: Mapping[str, Any]) -> float:
-    """The least seconds of a row's bytes and products on a device of these limits."""
+    """The least seconds of a row's bytes, that it moves, and products on a device of these limits."""
     rates = roofline["flops_per_second"]
     rate = rates.get("bfloat16" if row["dtype"] == "float16" else row["dtype"], rates["float32"])
-    return max(row["bytes"] / roofline["bytes_per_second"], row["flops"] / rate)
+    return max(row.get("moved", row["bytes"]) / roofline["bytes_per_second"], row["flops"] / rate)
 
 
 def against(limit: Sequence[float], times: Sequence[float]) -> Spread:

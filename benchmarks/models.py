@@ -30,10 +30,16 @@ Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Config:
-    """mixing: "softmax", "linear", "nystrom" or "gau". causal: predicts the next byte; else finds hidden ones."""
+    """mixing: "softmax", "linear", "nystrom" or "gau". causal: predicts the next byte; else finds hidden ones. copies:
+    reads symbols drawn at random and a separator, and predicts the same symbols again.
+    """
 
     mixing: str
     causal: bool
+    copies: bool = False
+    width: int = WIDTH
+    heads: int = HEADS
+    layers: int = LAYERS
 
 
 MODELS = {
@@ -44,6 +50,11 @@ MODELS = {
     "linear-masked": Config("linear", False),
     "nystrom-masked": Config("nystrom", False),
 }
+COPYING = {
+    f"{name}-copy": Config(mixing, True, copies=True, width=32, heads=1, layers=2)
+    for name, mixing in (("roformer", "softmax"), ("linear", "linear"))
+}
+SYMBOLS, COPIED = 10, 63  # of what is copied: kinds, and how many there are
 
 
 class Attention(nn.Module):
@@ -51,9 +62,9 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.inputs = nn.Linear(WIDTH, 3 * WIDTH)
-        self.output = nn.Linear(WIDTH, WIDTH)
-        self.rotary = kx.nn.RotaryEmbedding(WIDTH // HEADS, max_positions=CONTEXT)
+        self.inputs = nn.Linear(config.width, 3 * config.width)
+        self.output = nn.Linear(config.width, config.width)
+        self.rotary = kx.nn.RotaryEmbedding(config.width // config.heads, max_positions=CONTEXT)
         self.config = config
         self.mix: Mix = {"softmax": self.softmax, "linear": self.linear, "nystrom": self.nystrom}[config.mixing]
 
@@ -76,7 +87,7 @@ class Attention(nn.Module):
         return out
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (y.unflatten(-1, (HEADS, -1)) for y in self.inputs(x).chunk(3, -1))
+        q, k, v = (y.unflatten(-1, (self.config.heads, -1)) for y in self.inputs(x).chunk(3, -1))
         return self.output(self.mix(q, k, v).flatten(-2))
 
 
@@ -85,23 +96,24 @@ class Model(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(257, WIDTH)
+        width = config.width
+        self.embedding = nn.Embedding(257, width)
         nn.init.normal_(self.embedding.weight, std=0.02)
         layers: list[nn.Module] = []
-        for _ in range(LAYERS):
+        for _ in range(config.layers):
             if config.mixing == "gau":
                 rotary = kx.nn.RotaryEmbedding(KEY_DIM, max_positions=CONTEXT)
                 layers += [
-                    kx.nn.GatedAttentionUnit(WIDTH, key_dim=KEY_DIM, causal=config.causal, rotary=rotary)
+                    kx.nn.GatedAttentionUnit(width, key_dim=KEY_DIM, causal=config.causal, rotary=rotary)
                     for _ in range(2)
                 ]
             else:
-                inner = FORWARD * WIDTH
+                inner = FORWARD * width
                 layers += [
-                    Attention(config), nn.Sequential(nn.Linear(WIDTH, inner), nn.GELU(), nn.Linear(inner, WIDTH))
+                    Attention(config), nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
                 ]  # fmt: skip
         self.layers = nn.ModuleList(layers)
-        self.norms = nn.ModuleList(nn.RMSNorm(WIDTH) for _ in range(len(layers) + 1))
+        self.norms = nn.ModuleList(nn.RMSNorm(width) for _ in range(len(layers) + 1))
         self.config = config
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,7 +124,9 @@ class Model(nn.Module):
 
 
 def loss(model: Model, text: Tensor, generator: torch.Generator) -> Tensor:
-    """Nats per byte of [B, n] bytes: of the next ones, or of those that are hidden."""
+    """Nats per byte of [B, n] bytes: of the next ones, of those that are hidden, or of those that are copied."""
+    if model.config.copies:
+        return F.cross_entropy(model(text[:, :-1])[:, COPIED:].flatten(0, 1), text[:, COPIED + 1 :].flatten())
     if model.config.causal:
         return F.cross_entropy(model(text[:, :-1]).flatten(0, 1), text[:, 1:].flatten())
     hidden = torch.rand(text.shape, generator=generator) < HIDDEN
@@ -138,12 +152,18 @@ def batch(source: Tensor, size: int, length: int, generator: torch.Generator) ->
     return source[begin + torch.arange(length)].long()
 
 
+def copies(size: int, generator: torch.Generator) -> Tensor:
+    """[size, 2 · COPIED + 1]: symbols, a separator, and the symbols again."""
+    symbols = torch.randint(SYMBOLS, (size, COPIED), generator=generator)
+    return torch.cat((symbols, torch.full((size, 1), SYMBOLS), symbols), 1)
+
+
 def load(name: str) -> Model:
     """A trained model, in float32."""
     file = WEIGHTS / f"{name}.safetensors"
     if not file.exists():
         raise LookupError(f"{file.name} is not there: `python -m benchmarks.train {name}` makes it")
-    model = Model(MODELS[name])
+    model = Model((MODELS | COPYING)[name])
     model.load_state_dict({k: v.float() for k, v in safetensors.torch.load_file(file).items()})
     return model.eval()
 

@@ -85,9 +85,15 @@ def cases(device: str) -> list[Case]:
 
 
 def sweep(device: str) -> list[Case]:
-    """The same call at growing lengths."""
+    """The same call at growing lengths; of the variants, at every other one."""
     base = replace(BASE, heads=2) if device == "cpu" else replace(LARGE, batch=1)
-    return [replace(base, name=f"n = {1 << n}", length=1 << n) for n in range(8, 17)]
+    variants: dict[str, dict[str, Any]] = {"": {}, **{f"m = {m}, ": {"landmarks": m} for m in (32, 128, 256)}}
+    variants |= {"forward and backward, ": {"what": "both"}, "with convolution, ": {"convolution": True}}
+    return [
+        replace(base, name=f"{variant}n = {1 << n}", length=1 << n, **how)
+        for variant, how in variants.items()
+        for n in range(8, 17, 2 if variant else 1)
+    ]
 
 
 def shared(device: str) -> list[Case]:
@@ -184,6 +190,16 @@ def _softmax(x: Inputs) -> Function:
     return attend
 
 
+def _softmax_work(case: Case) -> dict[str, int]:
+    """Of products with all keys; inputs and output once."""
+    unit = case.batch * case.length * case.heads * case.head_dim
+    backward = case.what == "both"
+    return {
+        "flops": (14 if backward else 4) * unit * case.length,
+        "bytes": (12 if backward else 4) * unit * case.dtype.itemsize,
+    }
+
+
 class _Given(nn.Module):
     """In the place of a projection: what it is told to give."""
 
@@ -243,7 +259,9 @@ CONTENDERS = [
     *(Contender(f"kx {backend}", "ours", _ours(backend)) for backend in ("cuda", "triton", "cpu", "reference")),
     Contender("torch eager", "torch", _eager),
     Contender("torch.compile", "torch", _compiled),
-    Contender("softmax attention (SDPA)", "other", _softmax, exact=lambda x: contest.softmax(*x.leaves)),
+    Contender(
+        "softmax attention (SDPA)", "other", _softmax, exact=lambda x: contest.softmax(*x.leaves), work=_softmax_work
+    ),
     Contender("Hugging Face", "other", _hugging_face, "transformers", _exact("valid")),
     Contender("nystrom-attention", "other", _lucidrains, "nystrom-attention", _exact("lucidrains")),
 ]

@@ -401,6 +401,17 @@ def trained() -> list[dict[str, Any]]:
     return found
 
 
+def copied() -> list[dict[str, Any]]:
+    """Nats per symbol of the models that copy, on symbols they have not seen; who guesses has log 10."""
+    found = []
+    for name, config in models.COPYING.items():
+        symbols = models.copies(64, torch.Generator().manual_seed(4))
+        with torch.no_grad():
+            loss = models.loss(models.load(name), symbols, torch.Generator()).item()
+        found.append({"name": name, "mixing": config.mixing, "loss": loss})
+    return found
+
+
 def _band(layer: models.Attention, width: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The layer's linear attention, of keys less than `width` away."""
     n = q.shape[1]
@@ -473,6 +484,7 @@ EXPERIMENTS: dict[str, Callable[[], Any]] = {
     "approximations": approximations,
     "real_maps": real_maps,
     "trained": trained,
+    "copied": copied,
     "bands": bands,
     "beyond": beyond,
 }

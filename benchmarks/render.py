@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 from plotly.offline import get_plotlyjs
 
-from . import figures, sections, suite
+from . import figures, sections, suite, units
 from .claims import FAILS, HOLDS, OPEN, all_claims
 from .claims.evidence import Evidence
 from .claims.figures import of_claim
@@ -44,7 +44,7 @@ def _said(fact: Any) -> str:
 
 def facts(parts: Parts) -> dict[str, Any]:
     """Of the environment: what all parts share, and what differs between them."""
-    beside = ("quick", "wall_seconds")
+    beside = ("quick", "wall_seconds", "allowed_seconds")
     environments = {n: r["environment"] | {key: r[key] for key in beside if key in r} for n, r in parts.items()}
     keys = list(dict.fromkeys(key for e in environments.values() for key in e))
     told = {key: [_said(e.get(key)) for e in environments.values()] for key in keys}
@@ -81,6 +81,7 @@ def device(parts: Parts) -> dict[str, Any]:
         "layers": sections.layers(parts["layers"]) if "layers" in parts else [],
         "losses": sections.losses(parts.get("quality")),
         "operators": [sections.operator(parts[name]) for name in OPERATORS if name in parts],
+        "missing": sections.missing(parts),
         "failed": [(name, f) for name, r in parts.items() for f in r.get("failed", [])],
     }
 
@@ -115,7 +116,7 @@ def render(folder: Path, *, quick: bool = False, mine: str | None = None) -> lis
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"short": figures.short, "of_bound": sections.of_bound}
+    environment.filters |= {"short": units.short, "time": units.time, "size": units.size, "of_bound": figures.of_bound}
     shown = {
         "devices": [device(parts) for parts in kept],
         "goals": goals,

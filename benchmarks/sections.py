@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from . import figures, fits, models
+from . import figures, fits, models, units
 from .claims import FAILS, HOLDS
 from .claims import figures as claim_figures
+from .claims.cost import place
 from .claims.evidence import Evidence
-from .figures import Figure, Measured
+from .figures import Figure, Measured, of_bound
 
 Results = dict[str, Any]
 BESIDE = ("attention", "feed-forward", "projections")  # drawn in eager torch as well
@@ -25,11 +26,6 @@ def _quartiles(spread: dict[str, float], factor: float = 1.0) -> Measured:
     return spread["median"] * factor, spread["low"] * factor, spread["high"] * factor
 
 
-def of_bound(row: dict[str, Any]) -> str:
-    """How much of its roofline a time is, if that was measured."""
-    return f"{row['bound'] / row['seconds']['median']:.2f}" if row.get("bound") else ""
-
-
 # Operators
 
 
@@ -40,7 +36,7 @@ def speed(results: Results) -> Figure | None:
     for row in measured(results.get("timings", [])):
         if row["contender"] != results["limit"]:
             series.setdefault(row["contender"], {})[row["case"]] = _quartiles(row["of_limit"])
-            note = f"{figures.short(row['seconds']['median'] * 1e3)} ms, {row['rate'] / 1e9:.1f} G{results['unit']}/s"
+            note = f"{units.time(row['seconds']['median'])}, {row['rate'] / 1e9:.1f} G{results['unit']}/s"
             note += f", {of_bound(row)} of its roofline" if of_bound(row) else ""
             notes.setdefault(row["contender"], {})[row["case"]] = note
     if not series:
@@ -53,12 +49,45 @@ def speed(results: Results) -> Figure | None:
     return figures.dots(series, see, "rate, of the limit's", notes=notes, line=1)
 
 
-def growth(results: Results, *, rows: str = "growth", small: bool = False) -> Figure | None:
+def variant(row: dict[str, Any]) -> str:
+    """What is special about a case of growing length: "full" of "full, n = 512"."""
+    return row["case"].rpartition(", ")[0]
+
+
+def variants(results: Results, rows: str) -> list[str]:
+    return list(dict.fromkeys(variant(row) for row in results.get(rows, [])))
+
+
+def grown(results: Results, rows: str) -> list[tuple[str, Figure]]:
+    """Titles and figures of times against lengths, one of each variant."""
+    found = [(name, growth(results, rows=rows, of=name)) for name in variants(results, rows)]
+    return [(name, figure) for name, figure in found if figure is not None]
+
+
+def overtaken(results: Results, of: str) -> str:
+    """From which length on the fastest of ours is faster than softmax attention, if both were measured."""
+    times: dict[str, dict[int, list[float]]] = {}
+    for row in measured(results["growth"]):
+        if variant(row) == of and "times" in row:
+            times.setdefault(row["contender"], {})[row["length"]] = row["times"]
+    softmax = times.get("softmax attention (SDPA)", {})
+    mine = next((times[name] for name in times if figures.ours(name) and "reference" not in name), {})
+    found = fits.crossover(softmax, mine)
+    return f" Ours overtakes softmax attention {place(found).replace('n =', 'at n =', 1)}." if found else ""
+
+
+def growth(results: Results, *, rows: str = "growth", of: str = "", small: bool = False) -> Figure | None:
     """Time against length; small: ours, the limit, and two rivals."""
     limit = results["limit"]
     series: dict[str, dict[int, float]] = {}
+    cells: dict[str, dict[int, str]] = {}
     for row in sorted(measured(results.get(rows, [])), key=lambda r: r["length"]):
-        series.setdefault(row["contender"], {})[row["length"]] = row["seconds"]["median"] * 1e3
+        if variant(row) != of:
+            continue
+        name, n, seconds = row["contender"], row["length"], row["seconds"]["median"]
+        series.setdefault(name, {})[n] = seconds * 1e3
+        cells.setdefault(name, {})[n] = f"{units.time(seconds)}, {units.short(row['rate'] / 1e9)} G{results['unit']}/s"
+        cells[name][n] += f" ({of_bound(row)})" if of_bound(row) else ""
     if limit not in series:
         return None
     see = "Once a call's fixed cost is paid, a line runs parallel to the limit's, whose work grows as the operator's."
@@ -69,7 +98,9 @@ def growth(results: Results, *, rows: str = "growth", small: bool = False) -> Fi
         see = f"{results['op']}: milliseconds against tokens, by {', '.join(series)}"
     elif rows == "shared":
         see = "The same number of tokens in longer and fewer sequences: what is level is linear in n."
-    return figures.lines(series, see, "tokens n", "milliseconds", dotted=[limit], small=small)
+    else:
+        see += overtaken(results, of)
+    return figures.lines(series, see, "tokens n", "milliseconds", dotted=[limit], small=small, cells=cells)
 
 
 def growth_fits(results: Results) -> list[dict[str, Any]]:
@@ -77,7 +108,8 @@ def growth_fits(results: Results) -> list[dict[str, Any]]:
     times: dict[str, dict[int, list[float]]] = {}
     for row in measured(results.get("growth", [])):
         if "times" in row:
-            times.setdefault(row["contender"], {})[row["length"]] = row["times"]
+            name = ", ".join(filter(None, (row["contender"], variant(row))))
+            times.setdefault(name, {})[row["length"]] = row["times"]
     found = []
     for contender, mine in times.items():
         law = fits.power_law(mine)
@@ -109,9 +141,9 @@ def operator(results: Results) -> dict[str, Any]:
             "memory": [r for r in results["memory"] if "peak" in r],
         },
         "speed": speed(results),
-        "growth": growth(results),
+        "growth": grown(results, "growth"),
         "fits": growth_fits(results),
-        "shared": growth(results, rows="shared"),
+        "shared": grown(results, "shared"),
         "tables": tables(results["tables"]) if results.get("tables") else None,
     }  # fmt: skip
 
@@ -139,12 +171,12 @@ def layer_times(results: Results, level: str, width: int, what: str) -> Figure |
             name, beside = f"{name} and feed-forward", [forward[n]]
         name = f"{name}, {row['by']}"
         together = [row, *beside]
-        milliseconds = sum(r["seconds"]["median"] for r in together) * 1e3
-        cells.setdefault(name, {})[n] = figures.short(milliseconds)
+        seconds = sum(r["seconds"]["median"] for r in together)
+        cells.setdefault(name, {})[n] = units.time(seconds)
         if all(r.get("bound") for r in together):
-            cells[name][n] += f" ({sum(r['bound'] for r in together) * 1e3 / milliseconds:.2f})"
+            cells[name][n] += f" ({sum(r['bound'] for r in together) / seconds:.2f})"
         if row["name"] in DRAWN and (row["by"] in ("ours", "fused") or row["name"] in BESIDE):
-            series.setdefault(name, {})[n] = milliseconds
+            series.setdefault(name, {})[n] = seconds * 1e3
     lengths = {n for points in series.values() for n in points}
     if len(lengths) < 2:
         return None
@@ -161,8 +193,8 @@ def _fastest(series: dict[str, dict[int, float]]) -> str:
     if n is None:
         return "Too few were measured to compare them."
     best, *_, last = sorted(reached[n], key=lambda name: series[name][n])
-    told = f"At {n:,} tokens {best}, is the fastest of these with {figures.short(series[best][n])} ms"
-    return f"{told}; {last}, is the slowest with {figures.short(series[last][n])}."
+    told = f"At {n:,} tokens {best}, is the fastest of these with {units.time(series[best][n] / 1e3)}"
+    return f"{told}; {last}, is the slowest with {units.time(series[last][n] / 1e3)}."
 
 
 def layer_memory(results: Results, level: str) -> Figure | None:
@@ -176,7 +208,7 @@ def layer_memory(results: Results, level: str) -> Figure | None:
     series: dict[str, dict[str, Measured]] = {
         told: {f"{r['name']}, {r['by']}": (r[key] / 1e6,) * 3 for r in rows if r[key]} for told, key in named.items()
     }
-    least, most = (f"{r['name']} ({r['by']}) {figures.short(r['saved'] / 1e6)} MB" for r in (rows[0], rows[-1]))
+    least, most = (f"{r['name']} ({r['by']}) {units.size(r['saved'])}" for r in (rows[0], rows[-1]))
     see = (
         f"Beyond inputs and weights, at {n:,} tokens of width {rows[0]['width']}. For the backward pass {least} is the "
         f"least that is kept, {most} the most."
@@ -193,13 +225,18 @@ def decoding_memory(results: Results) -> Figure:
 
 
 def rotary(results: Results) -> Figure | None:
-    milliseconds = {r["name"]: _quartiles(r["seconds"], 1e3) for r in measured(results["rotary"])}
+    rows = measured(results["rotary"])
+    milliseconds = {r["name"]: _quartiles(r["seconds"], 1e3) for r in rows}
     least, added = "an embedding added", milliseconds.get("an embedding added")
     if added is None:
         return None
     told = "; ".join(f"{name} {m[0] / added[0]:.1f}" for name, m in milliseconds.items() if name != least)
     see = f"Positions for q and k of [4, 2048, 12, 64]; times as long as an added embedding: {told}."
-    return figures.dots({"": milliseconds}, see, "milliseconds")
+    notes = {r["name"]: f"{of_bound(r)} of its roofline" for r in rows if of_bound(r)}
+    see += (
+        " Of its roofline each is: " + "; ".join(f"{n} {x.split()[0]}" for n, x in notes.items()) + "." if notes else ""
+    )
+    return figures.dots({"": milliseconds}, see, "milliseconds", notes={"": notes})
 
 
 def layers(results: Results) -> list[tuple[str, Figure]]:
@@ -221,17 +258,34 @@ def layers(results: Results) -> list[tuple[str, Figure]]:
     return [(title, figure) for title, figure in found if figure is not None]
 
 
+def missing(parts: dict[str, Results]) -> list[list[str]]:
+    """Rows without a number, beside those of the tables of operators: what, of whom, and why."""
+    found = []
+    for results in parts.values():
+        for where in ("growth", "shared", "memory", "times", "decoding", "rotary"):
+            for row in results.get(where, []):
+                if "reason" in row and row.get("kind") != "limit":
+                    what = row.get("case") or ", ".join(
+                        f"{told}{row[key]}"
+                        for key, told in (("level", ""), ("width", "H = "), ("length", "n = "), ("what", ""))
+                        if key in row
+                    )
+                    who = row.get("contender") or ", ".join(filter(None, (row["name"], row.get("by"))))
+                    found.append([f"{results['op']}, {where}", what, who, row["reason"]])
+    return found
+
+
 # Small models
 
 
 def logs() -> list[dict[str, Any]]:
     """How each kept model was trained."""
-    files = {name: models.WEIGHTS / f"{name}.json" for name in models.MODELS}
+    files = {name: models.WEIGHTS / f"{name}.json" for name in (*models.MODELS, *models.COPYING)}
     return [json.loads(file.read_text()) for file in files.values() if file.exists()]
 
 
 def training() -> Figure:
-    attention = ("roformer", "roformer-masked")
+    attention = ("roformer", "roformer-masked", "roformer-copy")
     series = {
         log["name"] + (", ours" if log["name"] not in attention else ""): {p["step"]: p["loss"] for p in log["curve"]}
         for log in logs()

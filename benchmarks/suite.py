@@ -9,12 +9,13 @@ import functools
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,10 +37,16 @@ from . import (
     nystrom_attention,
     quality,
     rope,
+    units,
 )
 from .environment import ROOT, cache_bytes, device_name, environment, slug
 
 RESULTS = ROOT / "benchmarks" / "results"
+# Of a run; what starts it and draws its page has the rest of 2, or of 30, minutes.
+QUICK_SECONDS, WHOLE_SECONDS = 85.0, 1620.0
+PATIENCE = 5.0  # seconds that any step is given
+COMPILED = (128, 512, 2048, 8192)  # tokens, of these lengths, at which compilers take part
+MEMORY = (512, 2048, 8192, 32768)  # tokens, of the lengths that times grow over
 QUICK, PARTS, PARTIAL = (ROOT / "report" / name for name in ("quick", "parts", "partial"))
 TRAINED = ("approximations", "real_maps", "trained", "beyond")  # whose models take their time: not in a quick run
 OPERATORS = {
@@ -50,48 +57,80 @@ OPERATORS = {
 }
 
 
-def entered(contenders: Sequence[contest.Contender], quick: bool) -> list[contest.Contender]:
-    """quick: without those that compile."""
-    return [c for c in contenders if not (quick and "torch.compile" in c.name)]
+def entered(contenders: Sequence[contest.Contender], compiled: bool) -> list[contest.Contender]:
+    """Perhaps without those that compile."""
+    return [c for c in contenders if compiled or not re.search("torch.compile|FlexAttention", c.name)]
 
 
-def timings(op: Any, case: Any, device: str, seconds: float, quick: bool) -> list[dict[str, Any]]:
-    """Every contender of a case, or why there is no number."""
+def timings(
+    op: Any, case: Any, device: str, seconds: float, quick: bool, allowed: float, compiled: bool = True
+) -> list[dict[str, Any]]:
+    """Every contender of a case, or why there is no number.
+
+    Args:
+        seconds: about how long rounds go on.
+        allowed: seconds for everything.
+        compiled: those that compile as well.
+    """
+    allowance, mine = measure.Allowance(allowed), op.contenders(case)
+    common = {"case": case.name, "work": case.work, "length": case.length, "bytes": case.bytes_moved}
+    common |= {"flops": case.flops, "dtype": str(case.dtype).removeprefix("torch.")}
+    of = {c.name: {"kind": c.kind, "version": c.version} | (c.work(case) if c.work else {}) for c in mine}
+    of[op.LIMIT] = {"kind": "limit", "version": f"torch {torch.__version__}"}
+
+    def refused(name: str) -> str | None:
+        """Why it is not even tried: the least that the device allows it takes too long."""
+        return allowance.refused(measure.bound(measure.limits(device), common | of[name]))
+
+    def without(missing: Mapping[str, str]) -> list[dict[str, Any]]:
+        return [
+            common | of[name] | {"cache": "cold", "contender": name, "seconds": None, "reason": why}
+            for name, why in missing.items()
+        ]
+
+    if why := refused(op.LIMIT):
+        return without(dict.fromkeys(of, why))
     working_set = 2 * case.bytes_moved
     sets = max(1, min(8, math.ceil(4 * cache_bytes(device) / working_set))) if device == "cpu" else 1
     buffers = [op.Inputs(case, device, seed) for seed in range(sets)]
     cold = device == "cuda" or sets * working_set >= 2 * cache_bytes(device)
-    common = {"case": case.name, "work": case.work, "cache": "cold" if cold else "warm", "length": case.length}
-    common |= {"bytes": case.bytes_moved, "flops": case.flops, "dtype": str(case.dtype).removeprefix("torch.")}
+    common["cache"] = "cold" if cold else "warm"
     contenders = {op.LIMIT: op.limit(buffers)}
-    mine = op.contenders(case)
-    chosen = entered(mine, quick)
-    missing = {c.name: "compiling is left out by --quick" for c in mine if c not in chosen}
-    for contender, call in contest.calls(op, buffers, chosen):
+    chosen = entered(mine, compiled)
+    missing = {c.name: f"compiling is left out {'by --quick' if quick else 'here'}" for c in mine if c not in chosen}
+    ready = measure.Allowance(allowance.left * measure.READY)
+    for contender in chosen:
+        call: object = ready.refused() or refused(contender.name)
+        if call is None:
+            try:
+                with measure.ending(ready.left):
+                    ((_, call),) = contest.calls(op, buffers, [contender])
+            except measure.OutOfTime:
+                call = measure.LATE
         if isinstance(call, str):
             missing[contender.name] = call
         else:
             contenders[contender.name] = call
-    rounds, failed = measure.rounds(contenders, device, seconds, least=3 if quick else 7)
-    if op.LIMIT in failed:
-        raise RuntimeError(f"{op.LIMIT} fails: {failed[op.LIMIT]}")
-    missing |= {name: f"fails: {why}" for name, why in failed.items()}
-    of = {c.name: {"kind": c.kind, "version": c.version} for c in mine}
-    of[op.LIMIT] = {"kind": "limit", "version": f"torch {torch.__version__}"}
+    rounds, failed = measure.rounds(contenders, device, seconds, allowance, least=3 if quick else 7)
+    missing |= failed
+    if op.LIMIT not in rounds:  # of which all others are a fraction
+        missing |= dict.fromkeys(rounds, f"{op.LIMIT}: {failed[op.LIMIT]}")
+        rounds = {}
     found = []
     for name, times in rounds.items():
         numbers = measure.numbers(times)
         fraction, rate = asdict(measure.against(rounds[op.LIMIT], times)), case.work / numbers["seconds"]["median"]
         found.append({**common, "contender": name, **of[name], **numbers, "of_limit": fraction, "rate": rate})
-    none = [{"contender": name, **of[name], "seconds": None, "reason": why} for name, why in missing.items()]
-    return found + [common | row for row in none]
+    return found + without(missing)
 
 
 def host_times(op: Any, device: str, quick: bool) -> list[dict[str, Any]]:
     """Time until a call on one token returns, without and with a gradient to come."""
     case = op.cases(device)[-1]
     inputs = op.Inputs(case, device)
-    mine = [c for c in entered(op.contenders(case), quick) if c.kind in ("ours", "torch") and "in place" not in c.name]
+    mine = [
+        c for c in entered(op.contenders(case), not quick) if c.kind in ("ours", "torch") and "in place" not in c.name
+    ]
     found = []
     for contender, call in contest.calls(op, [inputs], mine):
         if isinstance(call, str):
@@ -108,14 +147,18 @@ def host_times(op: Any, device: str, quick: bool) -> list[dict[str, Any]]:
     return found
 
 
-def memory(op: Any, device: str, quick: bool) -> list[dict[str, Any]]:
+def memory(op: Any, case: Any, device: str, compiled: bool, allowed: float) -> list[dict[str, Any]]:
     """Bytes that a call takes beyond its inputs, and what autograd keeps."""
-    case = op.cases(device)[0]
+    allowance, found = measure.Allowance(allowed), []
     inputs = op.Inputs(case, device)
     values = sum(x.numel() * x.itemsize for x in inputs.leaves)
-    found = []
-    for contender in entered(op.contenders(case), quick):
-        row = {"case": case.name, "contender": contender.name, "values": values}
+    for contender in entered(op.contenders(case), compiled):
+        row = {"case": case.name, "length": case.length, "contender": contender.name, "values": values}
+        work = {"bytes": case.bytes_moved, "flops": case.flops, "dtype": str(case.dtype).removeprefix("torch.")}
+        work |= contender.work(case) if contender.work else {}
+        if why := allowance.refused(measure.bound(measure.limits(device), work)):
+            found.append(row | {"reason": why})
+            continue
         try:
             found.append(row | _held(contender, inputs, device))
         except contest.Missing:
@@ -151,36 +194,52 @@ def import_seconds(rounds: int) -> dict[str, Any]:
 
 
 class Step(NamedTuple):
-    """One measurement. Lists that go to the same place are one after the other."""
+    """One measurement, given the seconds that it may take. Lists that go to the same place are one after the other."""
 
     where: str
     what: str
-    find: Callable[[], Any]
-    seconds: float = 1.0  # about what it takes, for the progress bar
+    find: Callable[[float], Any]
+    seconds: float = 1.0  # about what it takes: its share of a run
 
     @property
     def key(self) -> str:
         return f"{self.where}/{self.what}"
 
 
+def calling(case: Any, device: str) -> float:
+    """About how many seconds the calls of four contenders take, beyond what rounds of fast ones do; few if they are so
+    many that the case is refused.
+    """
+    seconds = 4 * measure.CALLS * case.flops / (1e11 if device == "cpu" else 2e14)
+    return seconds if seconds < 30 else 0.0
+
+
 def operator_steps(op: Any, name: str, device: str, quick: bool) -> Iterator[Step]:
     cases, sweep, shared = op.cases(device), op.sweep(device), op.shared(device)
-    seconds, short = (0.5, 0.1) if quick else (4.0, 1.0)
+    seconds, short = (0.4, 0.1) if quick else (3.0, 1.0)
     if quick:
         cases, sweep, shared = [cases[0], cases[-1]], sweep[:5:2], []
-    yield Step("roofline", "copy and products", lambda: measure.limits(device), 5)
+    most = max(cases, key=lambda case: case.work)
+    measured = cases[:1] if quick else dict.fromkeys([cases[0], most, *(c for c in sweep if c.length in MEMORY)])
+    yield Step("roofline", "copy and products", lambda _: measure.limits(device), 1)
     for where, chosen, budget in (("timings", cases, seconds), ("growth", sweep, short), ("shared", shared, short)):
         for case in chosen:
-            find = functools.partial(timings, op, case, device, budget, quick)
-            yield Step(where, case.name, find, budget if quick else 2 * budget + 15)
-    yield Step("host", "host time", lambda: host_times(op, device, quick), 2 if quick else 15)
-    yield Step("memory", "memory", lambda: memory(op, device, quick), 3 if quick else 15)
-    yield Step("import", "import", lambda: import_seconds(1 if quick else 5), 10)
-    yield Step("accuracy", "accuracy", lambda: accuracy.measure(name, device, quick), 2 if quick else 60)
+            plain = where == "growth" and not case.name.count(",") and case.length in COMPILED
+            compiled = not quick and (where == "timings" or plain)
+            find = functools.partial(timings, op, case, device, budget, quick, compiled=compiled)
+            imports = 4 if case == cases[0] and where == "timings" else 0  # of peers, once
+            expected = 2 * budget + imports + (1 if quick else 10 if compiled else 3) + calling(case, device)
+            yield Step(where, case.name, find, expected)
+    yield Step("host", "host time", lambda _: host_times(op, device, quick), 2 if quick else 15)
+    for case in measured:
+        find = functools.partial(memory, op, case, device, not quick and case == cases[0])
+        yield Step("memory", f"memory, {case.name}", find, 2 if quick else 12 if case == cases[0] else 3)
+    yield Step("import", "import", lambda _: import_seconds(1 if quick else 5), 1 if quick else 5)
+    yield Step("accuracy", "accuracy", lambda _: accuracy.measure(name, device, quick), 1 if quick else 60)
     if not quick:
-        yield Step("", "extras", op.extras, 10)
-        yield Step("counts", "counts", lambda: counts.measure(name, device), 15)
-    yield Step("machine_code", "machine code", lambda: machine_code(name, quick), 1 if quick else 30)
+        yield Step("", "extras", lambda _: op.extras(), 10)
+        yield Step("counts", "counts", lambda _: counts.measure(name, device), 15)
+    yield Step("machine_code", "machine code", lambda _: machine_code(name, quick), 0.1 if quick else 30)
 
 
 def machine_code(name: str, quick: bool) -> dict[str, Any]:
@@ -192,17 +251,18 @@ def machine_code(name: str, quick: bool) -> dict[str, Any]:
 def layer_steps(device: str, quick: bool) -> Iterator[Step]:
     base, lengths = layers.WIDTHS["base"], layers.QUICK if quick else layers.LENGTHS
     seconds, least = (0.3, 3) if quick else (2.0, 5)
-    places = [(size, n, "forward") for size, mine in lengths.items() for n in mine]
-    if not quick:
-        places += [("base", n, "both") for n in (512, 1024, 2048, 4096)]
-    yield Step("roofline", "copy and products", lambda: measure.limits(device), 5)
+    passes = {"forward": lengths} | ({} if quick else {"both": layers.BOTH})
+    places = [(size, n, what) for what, mine in passes.items() for size in mine for n in mine[size]]
+    yield Step("roofline", "copy and products", lambda _: measure.limits(device), 1)
 
     def times(level: str, width: int, n: int, what: str) -> Step:
         name = f"H = {width}, n = {n}{', forward and backward' if what == 'both' else ''}, {level}"
         chosen = layers.timed(level, width, n, what, quick)
-        find = functools.partial(layers.times, chosen, width, n, what, device, seconds, least)
-        each = 1e-6 * n * width / base * (1000 if what == "both" else 300)
-        return Step("times", name, find, seconds + each * len(chosen))
+        find = functools.partial(layers.times, chosen, width, n, what, device, seconds, least=least)
+        flops = sum(part.about(width, n) for part in chosen) * (3.3 if what == "both" else 1)
+        compiled = sum(part.by == "torch.compile" for part in chosen)
+        calls = measure.CALLS * flops / (1.5e11 if device == "cpu" else 1e13)
+        return Step("times", name, find, 1.5 * seconds + calls + 8 * compiled)
 
     for n in () if quick else layers.SHORT:
         yield times("mixing", base, n, "forward")
@@ -211,16 +271,23 @@ def layer_steps(device: str, quick: bool) -> Iterator[Step]:
             yield times(level, layers.WIDTHS[size], n, what)
     parts = [p for p in layers.parts() if not quick or p.usual]
     for n in (1024,) if quick else (1024, 4096):
-        yield Step("memory", f"memory, n = {n}", lambda n=n: layers.memory(parts, base, n, device), n / 100)
+        find = functools.partial(layers.memory, parts, base, n, device)
+        yield Step("memory", f"memory, n = {n}", find, n / 200)
+    for n in (256, 512, 1024, 2048):
+        find = functools.partial(layers.training, base, n, device)
+        yield Step("training", f"memory of training, n = {n}", find, n / 500)
     for n in (256, 2048, 16384) if quick else (256, 1024, 4096, 16384, 65536):
-        yield Step("decoding", f"decoding after {n}", lambda n=n: layers.decoding(n, device, seconds), 2 * seconds)
-    yield Step("rotary", "rotary embedding", lambda: layers.rotary(device, seconds), 15)
+        find = functools.partial(layers.decoding, n, device, seconds)
+        yield Step("decoding", f"decoding after {n}", find, 2 * seconds + n / 30000)
+    yield Step(
+        "rotary", "rotary embedding", functools.partial(layers.rotary, device, seconds, quick), 2 if quick else 15
+    )
 
 
 def quality_steps(quick: bool) -> Iterator[Step]:
     for name, experiment in quality.EXPERIMENTS.items():
         if not (quick and name in TRAINED):
-            yield Step(name, name, experiment, 10 if name in TRAINED else 2)
+            yield Step(name, name, lambda _, find=experiment: find(), 10 if name in TRAINED else 1)
 
 
 NAMES = (*OPERATORS, "layers", "quality")
@@ -278,11 +345,18 @@ class Kept:
     def done(self, step: Step) -> bool:
         return step.key in self.found or step.key in self.failed
 
-    def measure(self, step: Step) -> None:
+    def measure(self, step: Step, allowed: float, most: float) -> None:
+        """allowed: seconds that it is told to do with; most: those after which it is ended, if there are any."""
+        if most <= 0:
+            self.failed[step.key], self.seconds[step.key] = "no time was left for it", 0.0
+            return
         self._write(begun=step.key)
         begin = time.perf_counter()
         try:
-            self.found[step.key] = step.find()
+            with measure.ending(most):
+                self.found[step.key] = step.find(allowed)
+        except measure.OutOfTime:
+            self.failed[step.key] = f"no time was left for it after {units.time(most)}"
         except KeyboardInterrupt:
             self._write(begun=None)
             raise
@@ -324,7 +398,9 @@ def _results(name: str, head: dict[str, Any], todo: list[Step], kept: Kept) -> d
             results[step.where] = results.get(step.where, []) + value
         else:
             results[step.where] = value
-    for place in {"timings", "growth", "shared", "times"} & set(results) if "roofline" in results else ():
+    for place in (
+        {"timings", "growth", "shared", "times", "decoding", "rotary"} & set(results) if "roofline" in results else ()
+    ):
         results[place] = [_bounded(row, results["roofline"]) for row in results[place]]
     results["failed"] = [{"step": key, "reason": why} for key, why in kept.failed.items()]
     results["steps"] = [{"step": key, "seconds": round(s, 2)} for key, s in kept.seconds.items()]
@@ -334,23 +410,34 @@ def _results(name: str, head: dict[str, Any], todo: list[Step], kept: Kept) -> d
 
 def _bounded(row: dict[str, Any], roofline: dict[str, Any]) -> dict[str, Any]:
     """With the least time that the device allows its bytes and products, and the share of it in what it takes."""
-    if not row.get("seconds") or "bytes" not in row or row.get("kind") == "other":
+    if not row.get("seconds") or "bytes" not in row:
         return row
     bound = measure.bound(roofline, row)
     return row | {"bound": bound, "of_bound": bound / row["seconds"]["median"]}
 
 
 def run(
-    names: Sequence[str], device: str, quick: bool, fresh: bool = False, places: Sequence[str] | None = None
+    names: Sequence[str],
+    device: str,
+    quick: bool,
+    fresh: bool = False,
+    places: Sequence[str] | None = None,
+    seconds: float | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Measures everything about operators, the layers or quality; returns what `kept_file` has of each.
 
     A run that is interrupted goes on where it was, and measures nothing again that is found, of whatever name.
 
+    Every step is allowed its share of the time that is left, by what it is expected to take: where earlier ones were
+    slow, later ones look at less, and what one leaves is the others'. One that takes twice its share, and PATIENCE, is
+    ended.
+
     Args:
         fresh: forgets what an interrupted run found.
         places: of results; only these are measured, and kept apart from whole runs.
+        seconds: that all of it may take, with what an interrupted run took.
     """
+    allowed = seconds or (QUICK_SECONDS if quick else WHOLE_SECONDS)
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")
     functorch_config.donated_buffer = False  # a compiled backward pass is timed more than once
     facts = environment(device)
@@ -362,6 +449,7 @@ def run(
         todo[name] = [step for step in steps(name, device, quick) if places is None or step.where in places]
     left = {name: [step for step in mine if not kept[name].done(step)] for name, mine in todo.items()}
     total, rest = (sum(step.seconds for mine in of.values() for step in mine) for of in (todo, left))
+    allowance = measure.Allowance(allowed - sum(sum(kept[name].seconds.values()) for name in names))
     found = {}
     form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
     with tqdm(total=total, initial=total - rest, bar_format=form, dynamic_ncols=True) as progress:
@@ -369,9 +457,12 @@ def run(
             progress.set_description(name)
             for step in left[name]:
                 progress.set_postfix_str(step.what)
-                kept[name].measure(step)
+                share = allowance.left * step.seconds / rest
+                kept[name].measure(step, share, min(max(2 * share, PATIENCE), allowance.left))
                 progress.update(step.seconds)
-            found[name] = _results(name, {"quick": quick, "environment": facts}, todo[name], kept[name])
+                rest -= step.seconds
+            head = {"quick": quick, "allowed_seconds": allowed, "environment": facts}
+            found[name] = _results(name, head, todo[name], kept[name])
             write(kept_file(name, device, quick, places), json.dumps(found[name], indent=1) + "\n")
     for name in names:
         kept[name].file.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import compare, contest, fits, layers, measure, suite
+from benchmarks import compare, contest, fits, layers, measure, suite, units
 from benchmarks.claims import OPEN, all_claims, cost
 from benchmarks.claims.cost import flops
 from benchmarks.claims.evidence import Evidence
@@ -227,11 +228,13 @@ class Steps:
 
     def __init__(self) -> None:
         self.calls: list[str] = []
+        self.allowed: list[float] = []
         self.trouble: dict[str, BaseException] = {}
 
     def __call__(self, name: str, device: str, quick: bool) -> list[suite.Step]:
-        def step(what: str) -> Any:
+        def step(what: str, allowed: float) -> Any:
             self.calls.append(what)
+            self.allowed.append(allowed)
             if what in self.trouble:
                 raise self.trouble[what]
             return [{"what": what}]
@@ -347,8 +350,140 @@ def test_a_disk_that_is_full_is_no_end(steps: Steps, monkeypatch: pytest.MonkeyP
     assert not list(suite.QUICK.rglob("*.new"))
 
 
+PLENTY = measure.Allowance(3600)
+
+
 def no_room(*_: Any) -> None:
     raise torch.OutOfMemoryError("no room for 9 GB\nand more words")
+
+
+def test_a_run_takes_no_longer_than_it_is_allowed(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps get their shares of what is left; what takes twice its share is ended, whatever it catches."""
+
+    def endless(allowed: float) -> None:
+        while True:
+            try:
+                time.sleep(60)
+            except Exception:
+                continue
+
+    slow = {"a": endless, "b": lambda allowed: [allowed], "c": endless, "d": lambda allowed: [allowed]}
+    found = [suite.Step("rows", what, find, 1 + (what == "d")) for what, find in slow.items()]
+    monkeypatch.setattr(suite, "steps", lambda *_: found)
+    monkeypatch.setattr(suite, "PATIENCE", 0.0)
+    begin = time.perf_counter()
+    results = run_layers(seconds=1.0)
+    assert time.perf_counter() - begin < 5  # the environment is asked for as well
+    assert 0.7 < results["wall_seconds"] < 1
+    assert [row["step"] for row in results["failed"]] == ["rows/a", "rows/c"]
+    assert "no time was left" in results["failed"][0]["reason"]
+    b, d = results["rows"]  # a and c had twice a fifth, and a third of 0.6; what is written between counts as well
+    assert 0.1 < b <= 0.6 / 4
+    assert 0 < d <= 0.2
+    assert results["allowed_seconds"] == 1
+    late = run_layers(seconds=1e-9)
+    assert {row["reason"] for row in late["failed"]} == {"no time was left for it"}
+    assert late["wall_seconds"] == 0
+
+
+def test_a_run_that_goes_on_has_what_time_is_left(steps: Steps) -> None:
+    steps.trouble = {"b": KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        run_layers(seconds=90)
+    before = list(steps.allowed)
+    assert before == pytest.approx([30, 45], rel=0.1)
+
+
+def test_an_end_leaves_no_half_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "slow_to_import.py").write_text("import time\ntime.sleep(0.3)\nwhole = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(measure.OutOfTime), measure.ending(0.1):  # noqa: PT012
+        import slow_to_import  # type: ignore[import-not-found]
+
+        time.sleep(10)
+    assert slow_to_import.whole
+
+
+def test_ends_within_ends() -> None:
+    begin = time.perf_counter()
+    with pytest.raises(measure.OutOfTime), measure.ending(0.4):  # noqa: PT012
+        with pytest.raises(measure.OutOfTime), measure.ending(0.1):
+            time.sleep(10)
+        assert time.perf_counter() - begin < 0.3
+        with measure.ending(10):
+            pass
+        time.sleep(10)
+    assert 0.3 < time.perf_counter() - begin < 1
+
+
+def test_slow_calls_are_left_out_where_time_is_short() -> None:
+    calls = {"fast": lambda _: None, "slow": lambda _: time.sleep(0.15), "slower": lambda _: time.sleep(0.3)}
+    times, failed = measure.rounds(calls, "cpu", 0.1, measure.Allowance(1.6), least=3)
+    assert set(times) == {"fast", "slow"}
+    assert len(times["slow"]) >= measure.ROUNDS
+    assert list(failed) == ["slower"]
+    assert "for which no time was left" in failed["slower"]
+    assert measure.rounds(calls, "cpu", 0.1, measure.Allowance(0))[0] == {}
+
+
+def test_what_cannot_be_fast_enough_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device's limits say how long a call takes at least."""
+    op = suite.OPERATORS["gau_attention"]
+    monkeypatch.setattr(
+        measure, "limits", lambda device: {"bytes_per_second": 1e9, "flops_per_second": {"float32": 1e9}}
+    )
+    monkeypatch.setattr(op, "Inputs", None)  # which would take gigabytes
+    rows = suite.timings(op, replace(op.BASE, length=32768), "cpu", 1.0, quick=False, allowed=60)
+    assert {row["contender"] for row in rows} == {op.LIMIT, *(c.name for c in op.CONTENDERS)}
+    assert all("a call takes" in row["reason"] for row in rows)
+    check_schema(timings=rows)
+
+
+@pytest.mark.parametrize(
+    ("value", "time", "size"),
+    [
+        (202665e-6, "203 ms", "0.203 B"),
+        (1.5, "1.5 s", "1.5 B"),
+        (2e-7, "0.2 µs", "2e-07 B"),
+        (9.997e8, "999,700,000 s", "1 GB"),
+    ],
+)
+def test_units(value: float, time: str, size: str) -> None:
+    assert units.time(value) == time
+    assert units.size(value) == size
+
+
+def test_every_size_that_is_asked_for_is_a_case() -> None:
+    """Of gated attention and Nyström attention: lengths, variants and landmarks."""
+    gau, nystrom = (suite.OPERATORS[name] for name in ("gau_attention", "nystrom_attention"))
+    for device in ("cpu", "cuda"):
+        for cases in (gau.sweep(device), gau.shared(device)):
+            ends = {(c.causal, c.what, c.length) for c in cases}
+            assert ends >= {(c, w, n) for c in (True, False) for w in ("forward", "both") for n in (128, 32768)}
+        assert len({c.batch * c.length for c in gau.shared(device)}) == len({c.batch for c in gau.sweep(device)}) == 1
+        found = {(c.landmarks, c.length) for c in nystrom.sweep(device)}
+        assert found >= {(m, n) for m in (32, 64, 128, 256) for n in (256, 65536)}
+    parts = [step.what for step in suite.steps("layers", "cpu", quick=False) if step.where == "times"]
+    for width in layers.WIDTHS.values():
+        assert any(f"H = {width}, n = 2048, forward and backward, layer" in what for what in parts)
+
+
+def test_goals_of_both_devices_are_listed() -> None:
+    for op in suite.OPERATORS.values():
+        verdicts = [goal.verdict([]) for goal in op.goals()]
+        assert {"a CPU", "an H200"} <= {row["on"] for row in verdicts}
+        assert {row["verdict"] for row in verdicts} == {"not measured here"}
+        empty = {"environment": {"device": "H200", "device_kind": "cpu"}}  # all steps failed
+        assert {goal.verdict([empty])["verdict"] for goal in op.goals()} == {"not measured here"}
+
+
+def test_every_time_has_its_roofline() -> None:
+    roofline = {"bytes_per_second": 1e9, "flops_per_second": {"float32": 1e9}}
+    rows = [*layers.decoding(64, "cpu", 0.01, 60), *layers.rotary("cpu", 0.01, True, 60)]
+    some = {(p.level, p.name): p for p in layers.parts() if p.by == "ours" and "causal" not in p.name}
+    rows += [layers.work(p, 128, 128, "forward") | {"seconds": {"median": 1.0}} for p in some.values()]
+    assert all(suite._bounded(row, roofline)["of_bound"] > 0 for row in rows)
+    check_schema(decoding=rows[:4], rotary=rows[4:9])
 
 
 def test_a_call_that_fails_leaves_the_others_to_go_on() -> None:
@@ -360,7 +495,7 @@ def test_a_call_that_fails_leaves_the_others_to_go_on() -> None:
             no_room()
 
     calls = {"good": lambda _: None, "none": no_room, "late": late}
-    times, failed = measure.rounds(calls, "cpu", 0.1, least=3, most=5)
+    times, failed = measure.rounds(calls, "cpu", 0.1, PLENTY, least=3, most=5)
     assert list(times) == ["good"]
     assert 3 <= len(times["good"]) <= 5
     assert failed == dict.fromkeys(("none", "late"), "OutOfMemoryError: no room for 9 GB")
@@ -386,7 +521,7 @@ def test_contenders_without_room_or_with_wrong_results_have_rows_without_speed(
     ]
     monkeypatch.setattr(op, "contenders", lambda case: contenders)
     case = replace(op.BASE, length=128, heads=1)
-    rows = {row["contender"]: row for row in suite.timings(op, case, "cpu", 0.01, quick=True)}
+    rows = {row["contender"]: row for row in suite.timings(op, case, "cpu", 0.01, quick=True, allowed=60)}
     assert {name for name, row in rows.items() if row["seconds"]} == {op.LIMIT, "torch eager", "other, right"}
     assert rows["no room"]["reason"] == "fails: OutOfMemoryError: no room for 9 GB"
     for name in ("wrong", "not a number", "other, wrong"):
@@ -412,12 +547,12 @@ def test_parts_without_room_or_with_wrong_results_have_rows_without_speed(monkey
     bad = [replace(parts[0], build=lambda _: no_room), replace(parts[0], by="fused", build=lambda _: lambda q, k, v: q)]
     monkeypatch.setattr(layers, "parts", lambda: [parts[0], bad[1]])
     layers.error.cache_clear()
-    rows = layers.times([bad[0], bad[1], parts[0]], 64, 128, "forward", "cpu", 0.01)
+    rows = layers.times([bad[0], bad[1], parts[0]], 64, 128, "forward", "cpu", 0.01, 60)
     layers.error.cache_clear()
     assert ["seconds" in row for row in rows] == [False, False, True]
     assert rows[0]["reason"] == "OutOfMemoryError: no room for 9 GB"
     assert rows[1]["reason"].startswith("wrong: off by")
-    memory = layers.memory(bad[:1], 64, 128, "cpu")
+    memory = layers.memory(bad[:1], 64, 128, "cpu", 60)
     check_schema(times=rows, memory=memory)
     assert memory[0]["reason"] == "OutOfMemoryError: no room for 9 GB"
 
@@ -426,11 +561,17 @@ def test_parts_without_room_or_with_wrong_results_have_rows_without_speed(monkey
     "part", [p for p in layers.parts() if p.by != "torch.compile"], ids=lambda p: f"{p.level}-{p.name}-{p.by}"
 )
 def test_parts_compute_what_they_are_named(part: layers.Part) -> None:
-    assert layers.error(part.level, part.name, part.by, 128, "cpu") < 1e-4
+    try:
+        error = layers.error(part.level, part.name, part.by, 128, "cpu")
+    except contest.Missing as missing:  # a peer
+        pytest.skip(str(missing))
+    assert error < (0.2 if part.by == "performer-pytorch" else 1e-4)  # which adds 1e-4 to its features
 
 
 @pytest.mark.parametrize(
-    "part", [p for p in layers.parts() if p.by != "torch.compile"], ids=lambda p: f"{p.level}-{p.name}-{p.by}"
+    "part",
+    [p for p in layers.parts() if p.by != "torch.compile" and p.exact is None],
+    ids=lambda p: f"{p.level}-{p.name}-{p.by}",
 )
 def test_parts_are_where_their_inputs_are(part: layers.Part) -> None:
     function, weights = part.made(128, "meta")

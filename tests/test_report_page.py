@@ -18,7 +18,7 @@ pytest.importorskip("safetensors")
 import torch
 
 import kx_kernels as kx
-from benchmarks import figures, models, picture, render, sections, suite
+from benchmarks import figures, models, picture, render, sections, suite, units
 from benchmarks.claims import HOLDS, all_claims
 from benchmarks.environment import ROOT
 
@@ -94,8 +94,8 @@ def test_whole_layers_are_drawn(results: Path) -> None:
              if (r["level"], r["width"], r["length"], r["what"]) == ("layer", 768, 2048, "forward")}  # fmt: skip
     table = drawn["Layers, width 768, forward"]
     row = next(r for r in table.rows if r[0] == "attention and feed-forward, fused")
-    together = 1e3 * (times["attention", "fused"] + times["feed-forward", "eager"])
-    assert row[table.columns.index("2,048")].split(" (")[0] == figures.short(together)
+    together = times["attention", "fused"] + times["feed-forward", "eager"]
+    assert row[table.columns.index("2,048")].split(" (")[0] == units.time(together)
 
 
 def test_losses_are_the_same_by_our_operators_and_by_the_references() -> None:

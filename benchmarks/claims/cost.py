@@ -7,9 +7,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
+import scipy.optimize
 from torch import nn
 
-from .. import fits, layers
+from .. import fits, layers, units
 from . import FAILS, HOLDS, OPEN, Answer, Claim, each, within, worst
 from .evidence import Evidence, H
 
@@ -304,7 +305,7 @@ def units_against_pair(e: Evidence) -> Iterator[Answer]:
 
     def memory(of: str, mine: str, theirs: str) -> Answer:
         found = {n: pair_memory(e, mine, theirs, n) for n in (1024, 4096)}
-        less = {n: pair / units for n, (pair, units) in found.items()}
+        less = {n: pair / two for n, (pair, two) in found.items()}
         told = ", ".join(f"{x:.2f} times less at n = {n:,}" for n, x in less.items())
         grows = 1 < less[1024] < less[4096]
         return Answer(of, told, HOLDS if grows else FAILS, "kept for backward; less, and ever less, is said")
@@ -362,7 +363,7 @@ def states_against_scores(e: Evidence) -> Iterator[Answer]:
         scores = e.bytes("mixing", "attention", "eager", n, "peak")
         said, found = n_tie / n, states / scores
         verdict = HOLDS if said / NEAR <= found <= said * NEAR else FAILS
-        told = f"{states / 1e6:,.0f} MB, materialised attention {scores / 1e6:,.0f} MB"
+        told = f"{units.size(states)}, materialised attention {units.size(scores)}"
         return Answer(
             of, told, verdict, f"{found:.3g} times as much; d²/n = {said:g} is said, within a factor of {NEAR}"
         )
@@ -381,12 +382,42 @@ def naive_autograd(e: Evidence) -> Iterator[Answer]:
         if which == "saved":
             naive, mine = naive + values, mine + values
         found = naive / mine
-        told = f"at n = {n:,}: {naive / 1e6:.0f} MB, our kernel {mine / 1e6:.1f} MB"
+        told = f"at n = {n:,}: {units.size(naive)}, our kernel {units.size(mine)}"
         verdict = HOLDS if D / NEAR <= found <= D * NEAR else FAILS
         return Answer(of, told, verdict, f"{found:.0f} times as much; {D} are said, within a factor of {NEAR}")
 
     readings = (("kept for backward, with q, k and v", ("saved",)), ("most that a forward pass holds", ("peak",)))
     return each(readings, answer)
+
+
+ROOM = 11e9  # bytes: what the source's GPU had
+
+
+def fitting(e: Evidence, of: str, name: str, by: str, low: float, high: float) -> Answer:
+    """The longest power of two, to 1,048,576, whose forward and backward pass fits. What a pass holds are tensors of
+    one size, or as long as the tokens are many, or as their pairs: how much of each, several lengths tell.
+    """
+    held = {r["length"]: r["peak"] for r in e.rows("training") if (r["name"], r["by"]) == (name, by)}
+    if len(held) < 4:
+        raise LookupError(f"the memory of training {name} ({by}) was not measured at four lengths")
+    n, most = (np.array(x, dtype=float) for x in (list(held), list(held.values())))
+    parts, _ = scipy.optimize.nnls(np.stack((1 / most, n / most, n * n / most), 1), np.ones(len(n)))
+    off = float(np.abs(parts @ (n**0, n, n * n) / most - 1).max())
+
+    def takes(n: int) -> float:
+        return float(parts @ (1, n, n * n))
+
+    def longest(factor: float) -> int:
+        return max(n for n in (1 << i for i in range(21)) if factor * takes(n) <= ROOM)
+
+    found = longest(1)
+    beyond = "or more" if found == 1 << 20 else f"{2 * found:,} would take {units.size(takes(2 * found))}"
+    why = (
+        f"{low:,.0f} is said{', or more' if math.isinf(high) else ''}; one sequence, mixing alone of one layer "
+        f"{H} wide, forward and backward; counted from {listed(sorted(held))} tokens, {off:.1%} off at most"
+    )
+    verdicts = {HOLDS if low <= longest(x) <= high else FAILS for x in (1 - off, 1 + off)}
+    return Answer(of, f"n = {found:,}, {beyond}", verdicts.pop() if len(verdicts) == 1 else OPEN, why)
 
 
 def longest(e: Evidence) -> Iterator[Answer]:
@@ -413,9 +444,15 @@ def longest(e: Evidence) -> Iterator[Answer]:
 
     for what, answer in (("time", faster), ("memory", smaller)):
         yield from each([(f"{what}, ours against {of}", by) for of, by in BASELINES], answer)
-    yield Answer(
-        "the longest that fits: 4,096 for softmax", "–", OPEN, "no run fills the memory of the device with scores"
-    )
+    said = [
+        (f"the longest that fits into {units.size(ROOM)}, {of}", (name, by, *ends))
+        for of, name, by, ends in (
+            ("materialised attention", "attention", "eager", (4096, 4096)),
+            ("fused attention", "attention", "fused", (4096, 4096)),
+            ("linear attention, ours", "linear attention", "ours", (65536, math.inf)),
+        )
+    ]
+    yield from each(said, functools.partial(fitting, e))
 
 
 def pair_memory(e: Evidence, mine: str, theirs: str, n: int) -> tuple[int, int]:
@@ -426,16 +463,16 @@ def pair_memory(e: Evidence, mine: str, theirs: str, n: int) -> tuple[int, int]:
 
 def gated_memory(e: Evidence) -> Iterator[Answer]:
     def answer(of: str, mine: str, theirs: str, n: int) -> Answer:
-        pair, units = pair_memory(e, mine, theirs, n)
-        found = pair / units
-        told = f"{pair / 1e6:.0f} MB kept for backward, GAU × 2 {units / 1e6:.0f} MB"
+        pair, two = pair_memory(e, mine, theirs, n)
+        found = pair / two
+        told = f"{units.size(pair)} kept for backward, GAU × 2 {units.size(two)}"
         why = f"{found:.2f} times as much; nearly 2 are said, {CLEAR} are asked for"
         return Answer(of, told, HOLDS if found >= CLEAR else FAILS, why)
 
     def scores(of: str, n: int) -> Answer:
         attention, unit = (e.bytes("mixing", name, "eager", n, "saved") for name in ("attention", "GAU"))
         found = attention / (2 * unit)
-        told = f"{attention / 1e6:.0f} MB kept for backward, two of GAU {2 * unit / 1e6:.0f} MB"
+        told = f"{units.size(attention)} kept for backward, two of GAU {units.size(2 * unit)}"
         why = f"{found:.2g} times as much; 6 is said, within a factor of {NEAR}; relu² keeps relu as well, and values"
         return Answer(of, told, HOLDS if 6 / NEAR <= found <= 6 * NEAR else FAILS, why)
 
@@ -450,7 +487,7 @@ def chunk_states(e: Evidence) -> Iterator[Answer]:
     every = n * s * s * 4
     held = e.bytes("mixing", "FLASH, causal", "ours", n, "peak") - n * 2 * H * 4
     share = held / every
-    told = f"at n = {n:,}: {held / 1e6:.1f} MB beyond the output, {share:.3f} of the states of every token"
+    told = f"at n = {n:,}: {units.size(held)} beyond the output, {share:.3f} of the states of every token"
     why = "the sum before its gate, n·e numbers, counts as well"
     yield Answer("our kernel: no state of every token", told, HOLDS if share < 0.5 else FAILS, f"below half; {why}")
     verdict = HOLDS if said / NEAR <= share <= said * NEAR else FAILS
@@ -484,7 +521,7 @@ def decoding(e: Evidence) -> Iterator[Answer]:
         low, high = sizes[-3:][0], sizes[-1]
         more = fits.ratio(times[high], times[low])
         found = fits.Interval(*(math.log(x) / math.log(high / low) for x in (more.value, more.low, more.high)))
-        told = ", ".join(f"{np.median(times[n]) * 1e6:,.0f} µs at {n:,}" for n in (sizes[0], sizes[-1]))
+        told = ", ".join(f"{units.time(float(np.median(times[n])))} at {n:,}" for n in (sizes[0], sizes[-1]))
         why = f"grows as n to the power of {found} from {low:,} to {high:,}; {claimed:g} is said, within 0.2"
         return Answer(of, told, within(found, claimed - 0.2, claimed + 0.2), why)
 
@@ -760,7 +797,7 @@ CLAIMS = [
         "Linear attention is faster and smaller at every length, forward and backward.",
         "Katharopoulos et al. 2020",
         "faster and smaller from n = 512 to 65,536; softmax ends at 4,096 in 11 GB",
-        ("times", "memory"),
+        ("times", "memory", "training"),
         lambda: "n·d² products for n²·d",
         longest,
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-from .. import figures, layers
+from .. import figures, layers, units
 from ..figures import Figure
 from .cost import PAPER, added, layer, scaled
 from .evidence import Evidence, H
@@ -106,7 +106,13 @@ def decoding(e: Evidence) -> Figure:
         decoder(name): figures.median_milliseconds({r["length"]: r["times"] for r in rows if r["name"] == name})
         for name in dict.fromkeys(r["name"] for r in rows)
     }
-    return figures.lines(series, "A state takes the same time after any context; a cache is read whole.", "context", MS)
+    cells: dict[str, dict[int, str]] = {name: {} for name in series}
+    for r in rows:
+        told, share = units.time(r["seconds"]["median"]), figures.of_bound(r)
+        cells[decoder(r["name"])][r["length"]] = f"{told} ({share})" if share else told
+    see = "A state takes the same time after any context; a cache is read whole."
+    see += " In the table, in brackets: how much of its roofline each time is." if "bound" in rows[0] else ""
+    return figures.lines(series, see, "context", MS, cells=cells)
 
 
 def decay(e: Evidence) -> Figure:

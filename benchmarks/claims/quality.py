@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from . import FAILS, HOLDS, Answer, Claim, each, missed
+from .. import models
+from . import FAILS, HOLDS, OPEN, Answer, Claim, each, missed
 from .cost import CLOSE, NEAR, SUFFICES
 from .evidence import Evidence
 
@@ -147,6 +148,21 @@ def kinds(e: Evidence) -> Iterator[Answer]:
     yield Answer("bidirectional: more than causal", told, _holds(more), "more than twice as much is asked for")
 
 
+def copying(e: Evidence) -> Iterator[Answer]:
+    losses = {r["mixing"]: r["loss"] for r in e.computed("copied")}
+    chance = math.log(models.SYMBOLS)
+    told = ", ".join(f"{name} {x:.2g}" for name, x in losses.items()) + f" nats per symbol; guessing {chance:.2f}"
+    why = f"{models.COPIED} of {models.SYMBOLS} symbols, models trained alike, 1,000 steps; {LITTLE:.0%} of guessing"
+    if losses["softmax"] > LITTLE * chance:
+        yield Answer("copying: as well as softmax", told, OPEN, f"softmax attention did not learn it; {why}")
+    else:
+        close = losses["linear"] - losses["softmax"] <= LITTLE * chance
+        yield Answer("copying: as well as softmax", told, _holds(close), why)
+
+
+TOO_LARGE = "no model was trained so: with its weights, which are kept, all would take more than 4 MB"
+
+
 def bands(e: Evidence) -> Iterator[Answer]:
     rows = e.computed("bands")
     for kind, name in (("causal", "linear"), ("bidirectional", "linear-masked")):
@@ -157,6 +173,7 @@ def bands(e: Evidence) -> Iterator[Answer]:
         )
         better = min(x for w, x in losses.items() if w < whole) < losses[whole]
         yield Answer(f"{kind}: a local band raises quality", told, _holds(better), "of a model trained with all keys")
+    yield Answer("a local band raises quality, trained with it", "–", OPEN, TOO_LARGE)
 
 
 def lengths(e: Evidence) -> Iterator[Answer]:
@@ -220,6 +237,7 @@ def beyond(e: Evidence) -> Iterator[Answer]:
         ("trained at 512: softmax with log n beyond does better", ("roformer, log n", "roformer")),
     ]
     yield from each(said, better)
+    yield Answer("trained with log n: softmax_plus does best", "–", OPEN, TOO_LARGE)
 
 
 def entropies(e: Evidence) -> Iterator[Answer]:
@@ -391,9 +409,9 @@ CLAIMS = [
         "Causal models lose little by linear attention, bidirectional ones much; a local band raises its quality.",
         "K8338",
         "–",
-        ("trained", "bands"),
+        ("trained", "copied", "bands"),
         _no_count,
-        _all(kinds, bands),
+        _all(kinds, copying, bands),
     ),
     Claim(
         "D6",
