@@ -1,4 +1,4 @@
-"""How far each backend is from float64, on every case of its spec. `python -m benchmarks.accuracy` prints JSON.
+"""How far each backend is from float64, on cases of its spec. `python -m benchmarks.accuracy OP DEVICE` prints JSON.
 
 Without a GPU it wants TRITON_INTERPRET=1 from the start, so that Triton's kernels run; the CUDA kernels run on the
 emulation.
@@ -7,9 +7,12 @@ emulation.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import math
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,18 +56,26 @@ def _errors(spec: OpSpec, case: str, dtype: torch.dtype, device: str, backend: s
     return worst
 
 
-def rows(spec: OpSpec, device: str, cases: Iterable[str]) -> list[dict[str, Any]]:
-    """One row per backend and dtype: the worst of the cases and its budget, or why it was not measured."""
-    found = []
+def rows(spec: OpSpec, device: str, cases: Sequence[str], seconds: float = math.inf) -> list[dict[str, Any]]:
+    """One row per backend and dtype: the worst of the cases and its budget, or why it was not measured.
+
+    Each row has its share of the seconds, and of the cases as many as it has time for, but one at least.
+    """
+    found: list[dict[str, Any]] = []
+    begin, count = time.perf_counter(), len(spec.backends) * len(spec.dtypes)
     for backend in spec.backends:
         for dtype in spec.dtypes:
+            end = begin + seconds * (len(found) + 1) / count
             row: dict[str, Any] = {"op": spec.name, "backend": backend, "dtype": str(dtype).removeprefix("torch.")}
             emulate = device == "cpu" and backend == "cuda" and native.load("_emulation") is not None
             how = {"cuda": "emulated", "triton": "interpreted"} if device == "cpu" else {}
             row["how"] = how.get(backend, "")
             try:
                 with emulated_cuda() if emulate else contextlib.nullcontext():
-                    errors = {case: _errors(spec, case, dtype, device, backend) for case in cases}
+                    errors: dict[str, tuple[float, float]] = {}
+                    for case in cases:
+                        if not errors or time.perf_counter() < end:
+                            errors[case] = _errors(spec, case, dtype, device, backend)
             except kx.UnsupportedError as error:
                 reason = next(line for line in str(error).splitlines() if line.strip().startswith(f"{backend}:"))
                 row |= {"error": None, "reason": reason.split(":", 1)[1].strip()}
@@ -79,18 +90,20 @@ def _spec(op: str) -> OpSpec:
     return next(spec for spec in all_specs() if spec.name == op)
 
 
-def measure(op: str, device: str, quick: bool) -> list[dict[str, Any]]:
+def measure(op: str, device: str, quick: bool, seconds: float) -> list[dict[str, Any]]:
     """quick: in one case, and without Triton's interpreter."""
     if quick:
         spec = _spec(op)
         return rows(spec, device, [spec.example])
-    return interpreter.rows("benchmarks.accuracy", op, device)
+    return interpreter.rows("benchmarks.accuracy", op, device, str(seconds))
 
 
 def main() -> None:
-    op, device = sys.argv[1:]
+    op, device, *seconds = sys.argv[1:]
     spec = _spec(op)
-    print(json.dumps(rows(spec, device, spec.cases)))
+    # The example first, then the others in an order that has nothing to do with what they are.
+    cases = sorted(spec.cases, key=lambda case: (case != spec.example, hashlib.sha256(case.encode()).digest()))
+    print(json.dumps(rows(spec, device, cases, *map(float, seconds))))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -320,10 +320,10 @@ def machine_code() -> list[MachineCode]:
     return [row for spec in all_specs() for row in (*triton_code(spec), *cuda_code(spec))]
 
 
-def table() -> list[dict[str, Any]]:
-    """machine_code() as rows for people."""
+def table(ops: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The machine code of these operators, or of all, as rows for people."""
     rows = []
-    for spec in all_specs():
+    for spec in (spec for spec in all_specs() if not ops or spec.name in ops):
         for code in (*triton_code(spec), *cuda_code(spec)):
             dynamic = promise_of(spec, code).shared
             rows.append(
