@@ -106,6 +106,7 @@ PYBIND11_MODULE(KX_MODULE_NAME, m) {
   m.def("set_seed", &kx::emulation::set_seed);
   m.def("launches", &kx::emulation::launches);
   m.def("set_wgmma", &kx::emulation::set_wgmma);
+  m.def("set_clusters", &kx::emulation::set_clusters);
 #endif
 #else
   m.attr("has_cuda") = false;
