@@ -83,6 +83,8 @@ PYBIND11_MODULE(KX_MODULE_NAME, m) {
   m.def("gau_attention_cuda", &kx::gau_attention::cuda);
   m.def("gau_attention_cuda_fused", &kx::gau_attention::cuda_fused);
   m.def("gau_attention_cuda_fused_columns", &kx::gau_attention::cuda_fused_columns);
+  m.def("gau_attention_cuda_resident", &kx::gau_attention::cuda_resident);
+  m.def("gau_attention_cuda_resident_form", &kx::gau_attention::cuda_resident_form);
   m.def("gau_attention_cuda_backward", &kx::gau_attention::cuda_backward);
   m.def("gau_attention_cuda_fits", &kx::gau_attention::cuda_fits);
   m.def("gau_attention_cuda_tiles", &kx::gau_attention::cuda_tiles);
@@ -106,6 +108,7 @@ PYBIND11_MODULE(KX_MODULE_NAME, m) {
   m.def("set_seed", &kx::emulation::set_seed);
   m.def("launches", &kx::emulation::launches);
   m.def("set_wgmma", &kx::emulation::set_wgmma);
+  m.def("set_clusters", &kx::emulation::set_clusters);
 #endif
 #else
   m.attr("has_cuda") = false;

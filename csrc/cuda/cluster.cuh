@@ -6,6 +6,15 @@
 
 namespace kx {
 
+// Whether the machine that this is compiled for has clusters.
+__host__ __device__ constexpr bool has_clusters_here() {
+#ifdef KX_EMULATION
+  return true;
+#else
+  return KX_SM90;
+#endif
+}
+
 // This block's number in its cluster, x first.
 __device__ inline unsigned cluster_rank() {
 #ifdef KX_EMULATION

@@ -1075,6 +1075,42 @@ void test_multicast() {
   }
 }
 
+// Block r of two makes half r of a tile, and copies it to the other.
+__global__ void exchange_kernel(unsigned char* out) {
+  Shares& mine = shared_memory<Shares>();
+  const unsigned rank = cluster_rank();
+  unsigned char* const half = mine.tile + 2048 * rank;
+  for (unsigned i = threadIdx.x; i < 2048; i += blockDim.x) {
+    half[i] = static_cast<unsigned char>(37 * i + 5 * blockIdx.x);
+  }
+  if (threadIdx.x == 0) {
+    mine.ready.init(1);
+    fence_mbarriers();
+    mine.ready.arrive_and_expect(2048);
+  }
+  fence_proxy_async();
+  sync_cluster();  // both expect before either copies
+  if (threadIdx.x == 0) {
+    copy_bytes_to(1 - rank, half, 2048, mine.ready);
+  }
+  mine.ready.wait(0);
+  for (unsigned i = threadIdx.x; i < 4096; i += blockDim.x) {
+    out[4096 * blockIdx.x + i] = mine.tile[i];
+  }
+  sync_cluster();  // nobody leaves while the other copies from there
+}
+
+void test_exchange() {
+  Buffer<unsigned char> out(4 * 4096);
+  launch(exchange_kernel, {4, 64, sizeof(Shares), 0, 2}, out.data());
+  finish();
+  const std::vector<unsigned char> got = out.values();
+  for (size_t i = 0; i < got.size(); ++i) {
+    const size_t block = i / 4096 / 2 * 2 + i % 4096 / 2048;
+    KX_EXPECT(got[i] == static_cast<unsigned char>(37 * (i % 2048) + 5 * block));
+  }
+}
+
 // Every block writes into its neighbour's shared memory, and arrives at its neighbour's mbarrier.
 __global__ void neighbour_kernel(float* out) {
   Shares& mine = shared_memory<Shares>();
@@ -1336,6 +1372,7 @@ void test_everything(int capability) {
   test_registers();
   repeat(test_all_tiles);
   repeat(test_cluster_sum);
+  repeat(test_exchange);
   repeat(test_multicast);
   repeat(test_neighbours);
   if (capability == 90) {

@@ -89,8 +89,10 @@ struct Launch {
   dim3 cluster{};  // blocks that run together and reach each other's shared memory; more than one needs sm_90
 };
 
-template <class... Parameters>
-void launch(void (*kernel)(Parameters...), const Launch& how, std::remove_const_t<Parameters>... arguments) {
+namespace detail {
+// visit(the configuration), once the kernel may have its shared memory.
+template <class... Parameters, class Visit>
+void configure(void (*kernel)(Parameters...), const Launch& how, Visit&& visit) {
   if (how.shared_bytes > 48 * 1024) {
     check_cuda(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(how.shared_bytes)),
@@ -106,7 +108,26 @@ void launch(void (*kernel)(Parameters...), const Launch& how, std::remove_const_
   config.stream = how.stream;
   config.attrs = &cluster;
   config.numAttrs = how.cluster.x * how.cluster.y * how.cluster.z > 1 ? 1 : 0;
-  check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), "kernel launch");
+  visit(config);
+}
+}  // namespace detail
+
+template <class... Parameters>
+void launch(void (*kernel)(Parameters...), const Launch& how, std::remove_const_t<Parameters>... arguments) {
+  detail::configure(kernel, how, [&](const cudaLaunchConfig_t& config) {
+    check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), "kernel launch");
+  });
+}
+
+// Clusters of such a launch that the current device runs at once.
+template <class... Parameters>
+int clusters_at_once(void (*kernel)(Parameters...), const Launch& how) {
+  int clusters = 0;
+  detail::configure(kernel, how, [&](cudaLaunchConfig_t config) {
+    config.numAttrs = 1;  // a cluster's size has to be named, even if it is 1
+    check_cuda(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), "clusters of a launch");
+  });
+  return clusters;
 }
 
 // A second stream of this thread, for what may run while `stream` goes on. It begins when all that `stream` has so far

@@ -216,6 +216,27 @@ __device__ inline void load_bytes(void* to, const void* from, unsigned bytes, Mb
 #endif
 }
 
+// `bytes` of this block's shared memory, a multiple of 16 from a multiple of 16 on, to the same place of block `rank`,
+// another one of the cluster, completing at the same place's barrier there. By one thread, of a block that does not end
+// before.
+__device__ inline void copy_bytes_to(unsigned rank, void* at, unsigned bytes, Mbarrier& barrier KX_CALLER) {
+#ifdef KX_EMULATION
+  emulation::bulk_copy_to_block(rank, at, bytes, &barrier, here);
+#elif KX_SM90
+  asm volatile(
+      "{\n"
+      ".reg .b32 there, bar;\n"
+      "mapa.shared::cluster.u32 there, %0, %3;\n"
+      "mapa.shared::cluster.u32 bar, %2, %3;\n"
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [there], [%0], %1, [bar];\n"
+      "}" ::"r"(shared_address(at)),
+      "r"(bytes), "r"(shared_address(&barrier)), "r"(rank)
+      : "memory");
+#else
+  __trap();
+#endif
+}
+
 __device__ inline void store_bytes(void* to, const void* from, unsigned bytes KX_CALLER) {
 #ifdef KX_EMULATION
   emulation::bulk_store(to, from, bytes, here);

@@ -337,7 +337,8 @@ std::pair<unsigned, uint32_t> next_slot() {
   return slot;
 }
 
-// A run of bytes that a copy moves; no global address means zeros, or no store.
+// A run of bytes that a copy moves; no global address means zeros, or no store. Between blocks of a cluster `global` is
+// the source, in the shared memory of the block that copies.
 struct Piece {
   char* shared;
   char* global;
@@ -345,7 +346,8 @@ struct Piece {
 };
 
 // `pieces` go into the shared memory of every block in `blocks`, and complete there at the same place's mbarrier.
-void load_pieces(const std::vector<Piece>& pieces, void* mbarrier, unsigned blocks, const char* what, Location here) {
+void load_pieces(const std::vector<Piece>& pieces, void* mbarrier, unsigned blocks, const char* what, Location here,
+                 bool between_blocks = false) {
   Cluster& all = cluster();
   const Block& own = *self().block;
   own_mbarrier(mbarrier, what, here);
@@ -354,7 +356,7 @@ void load_pieces(const std::vector<Piece>& pieces, void* mbarrier, unsigned bloc
   for (const Piece& piece : pieces) {
     bytes += static_cast<int64_t>(piece.bytes);
     check_shared(piece.shared, piece.bytes, what, here);
-    if (piece.global != nullptr) {
+    if (piece.global != nullptr && !between_blocks) {
       check_global(piece.global, piece.bytes, what, here);
     }
   }
@@ -382,7 +384,10 @@ void load_pieces(const std::vector<Piece>& pieces, void* mbarrier, unsigned bloc
     for (const Piece& piece : there) {
       std::memset(piece.shared, kPoison, piece.bytes);
     }
-    all.later([there = std::move(there), bytes, here, &barrier, agent = agent, time = time] {
+    all.later([=, there = std::move(there), &all, &own, &barrier, agent = agent, time = time] {
+      if (between_blocks && all.has_ended(own)) {
+        fail(std::string(what) + " at " + here.text() + " copies from a block of the cluster that has ended");
+      }
       for (const Piece& piece : there) {
         if (piece.global != nullptr) {
           std::memcpy(piece.shared, piece.global, piece.bytes);
@@ -490,6 +495,17 @@ void bulk_load(void* to, const void* from, unsigned bytes, void* mbarrier, Locat
   check_bulk(to, from, bytes, "bulk copy", here);
   const Piece piece{static_cast<char*>(to), static_cast<char*>(const_cast<void*>(from)), bytes};
   load_pieces({piece}, mbarrier, 1u << self().block->rank, "bulk copy", here);
+}
+
+void bulk_copy_to_block(unsigned rank, void* at, unsigned bytes, void* mbarrier, Location here) {
+  const Runtime runtime;
+  check_bulk(at, at, bytes, "bulk copy", here);
+  if (rank >= cluster().blocks.size() || rank == self().block->rank) {
+    fail("a bulk copy at " + here.text() + " names block " + text(rank) + ": not another one of its cluster of " +
+         text(cluster().blocks.size()));
+  }
+  char* const place = static_cast<char*>(at);
+  load_pieces({{place, place, bytes}}, mbarrier, 1u << rank, "bulk copy", here, true);
 }
 
 void bulk_store(void* to, const void* from, unsigned bytes, Location here) {

@@ -120,6 +120,7 @@ bool mbarrier_test(void* address, unsigned parity, Location here);
 // cp.async.bulk, of bytes in a row and of tiles
 struct TensorMap;
 void bulk_load(void* to, const void* from, unsigned bytes, void* mbarrier, Location here);
+void bulk_copy_to_block(unsigned rank, void* at, unsigned bytes, void* mbarrier, Location here);
 void bulk_store(void* to, const void* from, unsigned bytes, Location here);
 void tensor_load(void* to, const TensorMap& map, const int* coordinates, int rank, void* mbarrier, unsigned blocks,
                  Location here);

@@ -19,7 +19,7 @@ thread_local Thread* running = nullptr;
 thread_local Fiber* running_fiber = nullptr;
 thread_local bool kernel_code = false;
 uint64_t next_seed = 0;
-bool wgmma_is_found = true;
+bool wgmma_is_found = true, clusters_are_found = true;
 
 }  // namespace
 
@@ -29,6 +29,8 @@ void set_seed(uint64_t seed) { next_seed = seed; }
 
 void set_wgmma(bool found) { wgmma_is_found = found; }
 bool finds_wgmma() { return wgmma_is_found; }
+void set_clusters(bool found) { clusters_are_found = found; }
+bool finds_clusters() { return clusters_are_found; }
 uint64_t seed() { return next_seed; }
 
 Thread& self() { return *running; }

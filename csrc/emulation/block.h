@@ -228,9 +228,11 @@ void* peer_memory(const void* own, unsigned rank, Location here);
 
 // The seed of the launches that follow, see Cluster.
 void set_seed(uint64_t seed);
-// Whether launches find wgmma: if not, they choose what they would on machines without.
+// Whether launches find wgmma, and clusters: if not, they choose what they would on machines without.
 void set_wgmma(bool found);
 bool finds_wgmma();
+void set_clusters(bool found);
+bool finds_clusters();
 // How many launches there have been.
 uint64_t launches();
 uint64_t seed();

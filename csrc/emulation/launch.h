@@ -20,7 +20,7 @@ constexpr int kMultiprocessors = 8;         // few, so that small problems have 
 inline size_t max_shared_bytes() { return emulation::kMaxSharedBytes; }
 inline int multiprocessors() { return emulation::kMultiprocessors; }
 inline bool has_wgmma() { return emulation::finds_wgmma(); }
-inline bool has_clusters() { return emulation::finds_wgmma(); }
+inline bool has_clusters() { return emulation::finds_clusters(); }
 
 // The second of two streams: what it is given has run when the call returns, as on the first one.
 class Beside {
@@ -48,6 +48,12 @@ void run(const Launch& launch, const std::function<void()>& body);
 template <class... Parameters>
 void launch(void (*kernel)(Parameters...), const Launch& how, std::remove_const_t<Parameters>... arguments) {
   emulation::run(how, [&] { kernel(arguments...); });
+}
+
+// As if a block needed a multiprocessor for itself.
+template <class... Parameters>
+int clusters_at_once(void (*)(Parameters...), const Launch& how) {
+  return multiprocessors() / static_cast<int>(how.cluster.count());
 }
 
 }  // namespace kx

@@ -692,6 +692,40 @@ __global__ void peer(float* out) {
   sync_cluster();
 }
 
+// Each block of two copies to the other what its threads have written.
+template <Fix fence, Fix wait, Fix stay>
+__global__ void copied_to_block(float* out) {
+  Memory& memory = shared_memory<Memory>();
+  const unsigned rank = cluster_rank();
+  memory.x[64 * (1 - rank) + threadIdx.x] = 0;
+  memory.x[64 * rank + threadIdx.x] = 1;  // copied: write
+  if (threadIdx.x == 0) {
+    memory.ready.init(1);
+    fence_mbarriers();
+    memory.ready.arrive_and_expect(256);
+  }
+  if (fence == Fix::kYes) {
+    fence_proxy_async();
+  }
+  sync_cluster();
+  if (threadIdx.x == 0) {
+    copy_bytes_to(1 - rank, memory.x + 64 * rank, 256, memory.ready);  // copied: copy
+  }
+  if (wait == Fix::kYes || threadIdx.x == 0) {
+    memory.ready.wait(0);
+  }
+  out[64 * blockIdx.x + threadIdx.x] = memory.x[64 * (1 - rank) + threadIdx.x];  // copied: read
+  if (stay == Fix::kYes) {
+    sync_cluster();
+  }
+}
+
+__global__ void copied_to_itself() {
+  Memory& memory = shared_memory<Memory>();
+  memory.ready.init(1);
+  copy_bytes_to(cluster_rank(), memory.x, 64, memory.ready);  // itself
+}
+
 __global__ void lonely(float* out) { *in_block(out, 1) = 1; }
 
 __global__ void one_block_arrives() {
@@ -706,6 +740,18 @@ void test_clusters() {
   if (kInstrumented) {
     expect_fault([&] { launch(peer<Fix::kNo>, {2, 64, kBytes, 0, 2}, out.data()); }, {at("peer: read")}, kSchedules);
   }
+  const auto copied = [&](auto kernel) {
+    return [&out, kernel] { launch(kernel, {2, 64, kBytes, 0, 2}, out.data()); };
+  };
+  const auto right = copied(copied_to_block<Fix::kYes, Fix::kYes, Fix::kYes>);
+  expect_race(right, copied(copied_to_block<Fix::kNo, Fix::kYes, Fix::kYes>),
+              {at("copied: write"), at("copied: copy"), "no fence.proxy.async"});
+  expect_race(right, copied(copied_to_block<Fix::kYes, Fix::kNo, Fix::kYes>), {at("copied: read"), at("copied: copy")},
+              true);
+  expect_fault(copied(copied_to_block<Fix::kYes, Fix::kYes, Fix::kNo>),
+               {at("copied: copy"), "from a block of the cluster that has ended"});
+  expect_fault([&] { launch(copied_to_itself, {1, 1, kBytes}); }, {at("itself"), "not another one of its cluster of 1"},
+               kSchedules);
   expect_fault([&] { launch(lonely, {1, 1, kBytes}, out.data()); }, {"give an address of its own shared memory"},
                kSchedules);
   expect_fault([&] { launch(one_block_arrives, {2, 32, kBytes, 0, 2}); },

@@ -125,6 +125,7 @@ class Block {
   using T = typename F::T;
   using E = typename F::E;
   static constexpr int kN = F::kN, kVector = 16 / sizeof(E), kWide = 16 / sizeof(T);
+  static constexpr int kStaged = std::extent_v<decltype(Shared<F>::staged), 1> - 4;  // columns that are staged at once
 
   __device__ __forceinline__ explicit Block(Shared<F>& shared)
       : shared(shared), thread(unknown(static_cast<int>(threadIdx.x))), warp(thread / 32) {}
@@ -191,9 +192,13 @@ class Block {
     }
   }
 
-  // The numbers where every thread finds them.
-  __device__ __forceinline__ void stage(const float (&d)[kN][4]) {
-    for_each([&](int row, int column, int n, int i) { shared.staged[row][column] = d[n][i]; });
+  // The numbers where every thread finds them: kStaged columns from `first` on.
+  __device__ __forceinline__ void stage(const float (&d)[kN][4], int first = 0) {
+    for_each([&](int row, int column, int n, int i) {
+      if (8 * n >= first && 8 * n < first + kStaged) {
+        shared.staged[row][column - first] = d[n][i];
+      }
+    });
     __syncthreads();
   }
 
@@ -381,7 +386,8 @@ __device__ __forceinline__ void write_outputs(Block<F>& block, const Problem& p,
                                               OfRow&& of_row) {
   using T = typename F::T;
   const int columns = static_cast<int>(p.value_dim) - first;
-  block.for_each_vector(s.count(), columns < F::kColumns ? columns : F::kColumns, [&](int i, int column, int n) {
+  constexpr int kStaged = Block<F>::kStaged;
+  block.for_each_vector(s.count(), columns < kStaged ? columns : kStaged, [&](int i, int column, int n) {
     const int64_t row = static_cast<int64_t>(s.query_row) + s.first + i;
     const bool keep = keeps(p.query_mask, p.query_mask_stride, s.batch, row);
     const float c = keep ? of_row(i, row) : 0;

@@ -7,6 +7,7 @@
 #include "fused.cuh"
 #include "kernel.cuh"
 #include "problem.h"
+#include "resident.cuh"
 
 namespace kx::gau_attention {
 namespace {
@@ -50,6 +51,33 @@ bool with_on_chip_form(DType dtype, int64_t key_dim, int64_t value_dim, Visit&& 
     default:
       return dtype == DType::kFloat32 && fits(OnChipForm<float, kTile, false>{});
   }
+}
+
+// visit(the form of the kernel whose scores stay): whether it has room.
+template <class Visit>
+bool with_resident_form(DType dtype, int64_t key_dim, Visit&& visit) {
+  const auto fits = [&](auto form) {
+    const bool room = has_clusters() && key_dim <= kMaxKeyDim && sizeof(Shared<decltype(form)>) <= max_shared_bytes();
+    if (room) {
+      visit(form);
+    }
+    return room;
+  };
+  switch (dtype) {
+    case DType::kBFloat16:
+      return has_wgmma() ? fits(ResidentForm<bfloat16, true>{}) : fits(ResidentForm<bfloat16, false>{});
+    case DType::kFloat16:
+      return fits(ResidentForm<float16, false>{});
+    default:
+      return dtype == DType::kFloat32 && fits(ResidentForm<float, false>{});
+  }
+}
+
+template <class F>
+Launch resident_launch(int64_t clusters, int64_t blocks, Stream stream) {
+  KX_CHECK(clusters * blocks < (int64_t{1} << 31), "gau_attention: more blocks than a launch holds");
+  return {dim3(static_cast<unsigned>(clusters * blocks)), dim3(kThreads), sizeof(Shared<F>), stream,
+          dim3(static_cast<unsigned>(blocks))};
 }
 
 }  // namespace
@@ -124,6 +152,37 @@ void cuda_fused(const Tensors& in, const Tensors& out, const Options& options, c
     }
   });
   KX_CHECK(fits, "gau_attention: no room for so many dimensions on chip");
+}
+
+void cuda_resident(const Tensors& in, const Tensors& out, const Options& options, int64_t blocks, int device,
+                   intptr_t stream) {
+  const Problem p = checked(in, out, options, false);
+  KX_CHECK(p.cu_seqlens == nullptr, "gau_attention: scores of packed sequences do not stay");
+  const int64_t clusters = cuda_tiles(p.batch, p.queries, p.num_sequences, false) * p.heads;
+  const DeviceGuard guard(device);
+  const bool fits = with_resident_form(p.dtype, p.key_dim, [&](auto form) {
+    using F = decltype(form);
+    KX_CHECK(p.keys <= F::kTiles * F::kKeys, "gau_attention: no room for the scores of so many keys");
+    KX_CHECK(blocks >= 1 && blocks <= kMostResidentBlocks && blocks <= up(p.value_dim, F::kColumns),
+             "gau_attention: a cluster has 1 to 8 blocks, each with a slice");
+    if (clusters > 0) {
+      launch(gau_resident_kernel<F>, resident_launch<F>(clusters, blocks, (Stream)stream), p);
+    }
+  });
+  KX_CHECK(fits, "gau_attention: scores do not stay on this device");
+}
+
+std::vector<int64_t> cuda_resident_form(int dtype, int64_t key_dim, int device) {
+  const DeviceGuard guard(device);
+  std::vector<int64_t> form;
+  with_resident_form(static_cast<DType>(dtype), key_dim, [&](auto example) {
+    using F = decltype(example);
+    form = {F::kTiles * F::kKeys, F::kKeys, F::kColumns};
+    for (int64_t blocks = 1; blocks <= kMostResidentBlocks; ++blocks) {
+      form.push_back(clusters_at_once(gau_resident_kernel<F>, resident_launch<F>(1, blocks, Stream{})));
+    }
+  });
+  return form;
 }
 
 void cuda_backward(const Tensors& in, const Tensors& out, const Options& options, const Tensors& workspaces,

@@ -27,10 +27,13 @@ struct OnChipForm {
   static constexpr int kN = kColumns / 8, kScoreN = kKeys / 8;  // tiles of mma.sync that a warp has beside each other
 };
 
+template <class F>
+using KeyTile = Tile<typename F::E, F::kKeys, F::kDepth, F::kSwizzle>;
+
 // The keys of a tile, and the values of the tile before.
 template <class F>
 struct FusedStage {
-  Tile<typename F::E, F::kKeys, F::kDepth, F::kSwizzle> k[F::kPanels];
+  KeyTile<F> k[F::kPanels];
   Tile<typename F::E, F::kKeys, F::kColumns, F::kSwizzle> v;
 };
 
@@ -161,6 +164,19 @@ class Scores {
   float scale_[2], bias_scale_[2], sum_[2] = {};
 };
 
+// kKeys keys from `key` on, and which of them are no padding.
+template <class F, class S>
+__device__ __forceinline__ void load_keys(Block<F>& block, const Problem& p, const Sequence& s, const Rows<S>& k,
+                                          int key, KeyTile<F> (&to)[F::kPanels], bool (&keep)[F::kKeys]) {
+  for (int i = 0; i < ceil_div(static_cast<int>(p.key_dim), F::kDepth); ++i) {
+    block.load(to[i], k, key, i * F::kDepth);
+  }
+  for (int i = block.thread; p.key_mask != nullptr && i < F::kKeys; i += kThreads) {
+    keep[i] =
+        key + i < s.keys && keeps(p.key_mask, p.key_mask_stride, s.batch, static_cast<int64_t>(s.key_row) + key + i);
+  }
+}
+
 // kTile rows and kColumns columns of the output, or of a segment's part of it. The scores of a tile are multiplied
 // beside the values of the tile before, and f taken while these still are.
 template <class F>
@@ -184,13 +200,7 @@ __device__ __forceinline__ void make_fused_out(const FusedPass& pass, Shared<F>&
     FusedStage<F>& stage = shared.stages[step % F::kStages];
     const int key = begin + step * F::kKeys;
     if (step < tiles) {
-      for (int i = 0; i < panels; ++i) {
-        block.load(stage.k[i], k, key, i * F::kDepth);
-      }
-      for (int i = block.thread; p.key_mask != nullptr && i < F::kKeys; i += kThreads) {
-        shared.keep_key[step % F::kStages][i] = key + i < s.keys && keeps(p.key_mask, p.key_mask_stride, s.batch,
-                                                                          static_cast<int64_t>(s.key_row) + key + i);
-      }
+      load_keys(block, p, s, k, key, stage.k, shared.keep_key[step % F::kStages]);
     }
     if (step > 0 && step <= tiles) {
       block.load(stage.v, v, key - F::kKeys, first_column);
@@ -253,7 +263,7 @@ __device__ __forceinline__ void make_fused_out(const FusedPass& pass, Shared<F>&
   }
   block.stage(d);
   if (pass.parts == nullptr) {
-    return finish_out(block, p, s, head, slice);
+    return finish_out(block, p, s, head, first_column);
   }
   const int vectors = of_slice(pass, first_column, F::kColumns);
   for (int i = block.thread; i < s.count() * vectors; i += kThreads) {
@@ -299,7 +309,7 @@ __device__ __forceinline__ void combine_parts(const FusedPass& pass, Shared<F>& 
     shared.own[i] = sum;
   }
   __syncthreads();
-  finish_out(block, p, s, head, slice);
+  finish_out(block, p, s, head, first_column);
 }
 
 // A tile of P or X, as the next product takes it.

@@ -115,15 +115,30 @@ __device__ __forceinline__ void make_scores(const Pass& pass, Shared<F>& shared,
   }
 }
 
-// A slice of the output from what is staged, and the sums of rows, which shared.own are.
+// Columns of the output from `first` on, of what is staged, and the sums of rows, which shared.own are.
 template <class F>
-__device__ __forceinline__ void finish_out(Block<F>& block, const Problem& p, const Sequence& s, int head, int slice) {
+__device__ __forceinline__ void finish_out(Block<F>& block, const Problem& p, const Sequence& s, int head, int first) {
   const float* const sums = block.shared.own;
-  write_outputs(block, p, s, head, slice * F::kColumns,
+  write_outputs(block, p, s, head, first,
                 [&](int i, int64_t row) { return out_factor(p, s, row, p.by_sum ? sums[i] : 0); });
-  for (int i = block.thread; p.by_sum && slice == 0 && i < s.count(); i += kThreads) {
+  for (int i = block.thread; p.by_sum && first == 0 && i < s.count(); i += kThreads) {
     const int64_t row = static_cast<int64_t>(s.query_row) + s.first + i;
     static_cast<float*>(p.sums)[(s.batch * p.queries + row) * p.heads + head] = sums[i];
+  }
+}
+
+// Adds half a row of a tile of scores to a thread's sum; the sums of two neighbours are of one row.
+template <class E, int kColumns, int kSwizzle>
+__device__ __forceinline__ void add_half_row(float& sum, Tile<E, kTile, kColumns, kSwizzle>& scores, int thread) {
+#pragma unroll 4
+  for (int c = 0; c < kColumns / 2; ++c) {
+    sum += widen(*scores.at(thread / 2, thread % 2 * (kColumns / 2) + c));
+  }
+}
+__device__ __forceinline__ void write_row_sum(float sum, float* sums, int thread) {
+  sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+  if (thread % 2 == 0) {
+    sums[thread / 2] = sum;
   }
 }
 
@@ -134,7 +149,7 @@ __device__ __forceinline__ void make_out(const Pass& pass, Shared<F>& shared, in
   using T = typename F::T;
   Block<F> block(shared);
   const Problem& p = pass.p;
-  const int thread = block.thread, heads = static_cast<int>(p.heads);
+  const int heads = static_cast<int>(p.heads);
   const int slices = ceil_div(static_cast<int>(p.value_dim), F::kColumns), slice = id % slices, at = id / slices;
   const int task = at + static_cast<int>(pass.first), head = task % heads;
   const Sequence s = tile_of_rows(p, task / heads);
@@ -159,20 +174,14 @@ __device__ __forceinline__ void make_out(const Pass& pass, Shared<F>& shared, in
       },
       [&](Stage<F>& stage) {
         if (p.by_sum) {
-#pragma unroll 4
-          for (int c = 0; c < F::kDepth / 2; ++c) {
-            sum += widen(*stage.a.at(thread / 2, thread % 2 * (F::kDepth / 2) + c));
-          }
+          add_half_row(sum, stage.a, block.thread);
         }
       });
   if (p.by_sum) {
-    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-    if (thread % 2 == 0) {
-      shared.own[thread / 2] = sum;
-    }
+    write_row_sum(sum, shared.own, block.thread);
   }
   block.stage(d);
-  finish_out(block, p, s, head, slice);
+  finish_out(block, p, s, head, first_column);
 }
 
 // One row to a warp: G, δ and the gradient of the gate.

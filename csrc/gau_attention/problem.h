@@ -60,6 +60,12 @@ void cuda_fused(const Tensors& in, const Tensors& out, const Options& options, c
                 const std::optional<Tensor>& part_sums, int64_t segment, int device, intptr_t stream);
 // Columns of the values that a block has there, or 0 where it has no room.
 int64_t cuda_fused_columns(int dtype, int64_t key_dim, int64_t value_dim, int device);
+// As cpu, on chip, by clusters of so many `blocks` that share the scores of their rows.
+void cuda_resident(const Tensors& in, const Tensors& out, const Options& options, int64_t blocks, int device,
+                   intptr_t stream);
+// How: the most keys, keys of a tile, columns of a slice, and for 1, 2, … blocks the clusters that the device runs at
+// once. Nothing where it has no room.
+std::vector<int64_t> cuda_resident_form(int dtype, int64_t key_dim, int device);
 // As cpu_backward, in passes over `panel` keys of each sequence at a time, of which the longest has `keys` at most.
 // Workspaces: `scores` and `grads` [B, n_q, heads, panel], or null for all on chip, where one panel has all keys and
 // there is no bias; g [B, n_q, heads, value_dim or more], and of float32 `shift` [B, n_q, heads], `grad_queries`

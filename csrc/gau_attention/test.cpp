@@ -15,19 +15,20 @@ namespace {
 void run(int64_t number) {
   Random random(static_cast<uint64_t>(number));
   Buffers memory(random);
-  // Eight problems have every dtype, bfloat16 with and without wgmma, each forward on chip and in panels, and of
-  // bfloat16 a packed sequence of several tiles, which is on chip backward too.
+  // Twelve problems have every dtype, bfloat16 with and without wgmma, each forward on chip, in panels and with scores
+  // that stay, and of bfloat16 a packed sequence of several tiles, which is on chip backward too.
   const DType dtypes[] = {DType::kBFloat16, DType::kFloat16, DType::kBFloat16, DType::kFloat32};
   const DType dtype = dtypes[number % 4], operand = dtype == DType::kBFloat16 ? dtype : DType::kFloat32;
   const bool wide = number % 2 == 0;  // the form for wide values is bfloat16's
-  const bool fused = number % 8 < 4, tall = fused && wide;
+  const int64_t form = number / 4 % 3;
+  const bool fused = form == 0, resident = form == 2, tall = fused && wide;
   emulation::set_wgmma(number % 4 == 2);
-  const bool packed = tall || draw(random, 0, 2) == 0, causal = toss(random), by_sum = toss(random);
+  const bool packed = !resident && (tall || draw(random, 0, 2) == 0), causal = toss(random), by_sum = toss(random);
   const int64_t kv_heads = tall ? 1 : draw(random, 1, 2), heads = kv_heads * draw(random, 1, tall ? 1 : 2);
   const int64_t key_dim = draw(random, tall ? 65 : 1, tall ? 90 : 70);
-  const int64_t value_dim = draw(random, wide ? 129 : 1, wide ? 270 : 100);
+  const int64_t value_dim = resident ? draw(random, 129, 600) : draw(random, wide ? 129 : 1, wide ? 270 : 100);
   const int64_t queries = tall ? draw(random, 140, 150) : draw(random, 0, 140);
-  const int64_t keys = packed ? queries : draw(random, 0, 140);
+  const int64_t keys = packed ? queries : draw(random, 0, resident ? 190 : 140);
   const int64_t batch = packed ? 1 : draw(random, 1, 2);
   std::vector<int32_t> ends{0};
   if (tall) {
@@ -91,7 +92,10 @@ void run(int64_t number) {
   for (uint64_t schedule = 0; schedule < kSchedules; ++schedule) {
     emulation::set_seed(static_cast<uint64_t>(number) + schedule);
     results_for(out);
-    if (fused) {
+    if (resident) {
+      const int64_t columns = cuda_resident_form(static_cast<int>(dtype), key_dim, 0)[2];
+      cuda_resident(in, out, options, draw(random, 1, (value_dim + columns - 1) / columns), 0, 0);
+    } else if (fused) {
       const auto parts = [&](const Sizes& size) {
         return cut ? std::optional(memory.empty(DType::kFloat32, size)) : std::nullopt;
       };

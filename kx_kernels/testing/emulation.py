@@ -9,11 +9,12 @@ from .._core import native
 
 
 @contextlib.contextmanager
-def emulated_cuda(seed: int = 0, wgmma: bool = True) -> Iterator[None]:
+def emulated_cuda(seed: int = 0, wgmma: bool = True, clusters: bool | None = None) -> Iterator[None]:
     """Within the block, `backend="cuda"` serves CPU tensors, thread by thread and slowly.
 
     `seed` chooses the order in which threads run, and when asynchronous copies take place; 0: by index, at once.
-    `wgmma`: launches find the tensor-core instructions of sm_90a, or choose what they would without.
+    `wgmma`: launches find the tensor-core instructions of sm_90a, or choose what they would without; `clusters`: they
+    find those of sm_90 and later, by default where they find `wgmma`.
     Raises ModuleNotFoundError where the emulation was not built (KX_EMULATION=on), and RuntimeError where a kernel does
     what a GPU does not allow (docs/emulation.md).
     """
@@ -23,9 +24,11 @@ def emulated_cuda(seed: int = 0, wgmma: bool = True) -> Iterator[None]:
     assert emulation is not None
     emulation.set_seed(seed)
     emulation.set_wgmma(wgmma)
+    emulation.set_clusters(wgmma if clusters is None else clusters)
     try:
         yield
     finally:
         emulation.set_seed(0)
         emulation.set_wgmma(True)
+        emulation.set_clusters(True)
         native.emulate(before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,6 +99,50 @@ def _fused_columns(device: torch.device, dtype: torch.dtype, key_dim: int, value
     return native.cuda(device).gau_attention_cuda_fused_columns(code, key_dim, value_dim, device.index or 0)
 
 
+class ResidentForm(NamedTuple):
+    """How scores stay on chip."""
+
+    most_keys: int
+    tile: int  # keys
+    columns: int  # of the values, a slice
+    at_once: tuple[int, ...]  # clusters that the device runs, of 1, 2, … blocks
+
+    def products(self, rows: int, n_k: int, s: int, e: int, blocks: int) -> int:
+        """Of one row of a tile of rows, one multiprocessor's after the other, where clusters of `blocks` share the
+        scores of `rows` such tiles."""
+        rounds = -(-rows // self.at_once[blocks - 1])
+        scores = -(-n_k // (self.tile * blocks)) * self.tile * s
+        return rounds * (scores + -(-e // (self.columns * blocks)) * self.columns * n_k)
+
+    def blocks(self, rows: int, n_k: int, s: int, e: int, processors: int) -> int:
+        """How many blocks share scores, or 0 where there is no room or they are made sooner again for each slice."""
+        slices = -(-e // self.columns)
+        if slices < 2 or n_k > self.most_keys:
+            return 0
+        again = -(-rows * slices // processors) * n_k * (s + self.columns)
+        sizes = [n for n in range(1, 1 + min(slices, len(self.at_once))) if self.at_once[n - 1] > 0]
+        best = min(sizes, key=lambda n: self.products(rows, n_k, s, e, n), default=0)
+        return best if best > 0 and self.products(rows, n_k, s, e, best) < again else 0
+
+
+@functools.cache
+def _resident_form(device: torch.device, dtype: torch.dtype, key_dim: int) -> ResidentForm | None:
+    """None where the GPU has no clusters or a block no room."""
+    code = native.DTYPE_CODES[dtype]
+    form = native.cuda(device).gau_attention_cuda_resident_form(code, key_dim, device.index or 0)
+    return ResidentForm(*form[:3], tuple(form[3:])) if form else None
+
+
+def _resident_blocks(p: GauProblem) -> int:
+    """How many blocks share scores that stay on chip, or 0 where other forms have them."""
+    read = _resident_form if p.device.type == "cuda" else _resident_form.__wrapped__  # emulated machines change
+    form = read(p.device, p.q.dtype, p.q.shape[3])
+    if form is None or p.cu_seqlens is not None:
+        return 0
+    rows = _tiles(p) * p.q.shape[2]
+    return form.blocks(rows, p.k.shape[1], p.q.shape[3], p.v.shape[3], native.processors(p.device))
+
+
 def _slices_on_chip(p: GauProblem, room: int) -> int:
     """Into how many slices values are cut where each makes its scores again, or 0 where panels of `room` tiles have
     them."""
@@ -139,6 +184,11 @@ def run_cuda(p: GauProblem) -> Results:
         for x in results:  # rows of no sequence
             if x is not None:
                 x.zero_()
+    blocks = _resident_blocks(p)
+    if blocks > 0:
+        inputs = _inputs(p)  # alive until the launch
+        native.launch("gau_attention_cuda_resident", p.device, _raw(*inputs), _raw(*results), _options(p), blocks)
+        return results
     tile, keys, dtype = native.cuda(p.device).gau_attention_cuda_tile, _longest(p), _operands(p)
     size = tile * max(tile, _up(keys, tile))
     room = p.workspace // (size * dtype.itemsize)

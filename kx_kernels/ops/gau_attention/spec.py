@@ -358,6 +358,7 @@ SPEC = OpSpec(
     promises=(
         KernelPromise("cuda", "prepare|bias"),
         KernelPromise("cuda", "combine", shared=68 << 10),
+        KernelPromise("cuda", "resident", tensor_core=True, async_copies=True, shared=225 << 10),
         KernelPromise(
             "cuda", "gau_fused.* float32", tensor_core=True, async_copies=True, shared=142 << 10, may_spill=True
         ),
