@@ -70,7 +70,11 @@ ONE_IN = 7  # no multiple of the number of dtypes, layouts or anything else that
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--thorough", action="store_true", help="every case of interpreted and emulated kernels: hours")
+    parser.addoption(
+        "--thorough",
+        action="store_true",
+        help="every case of interpreted and emulated kernels, and Triton's machine code for every architecture: hours",
+    )
 
 
 def _dealt_out(items: list[pytest.Item]) -> list[pytest.Item]:

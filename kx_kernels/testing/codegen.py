@@ -266,8 +266,8 @@ def from_json(text: str) -> list[MachineCode]:
     return [MachineCode(**row) for row in rows]
 
 
-def triton_code(spec: OpSpec) -> list[MachineCode]:
-    """Its Triton kernels, compiled for the calls that `spec.codegen` names."""
+def triton_code(spec: OpSpec, architectures: Sequence[str] = tuple(ARCHITECTURES)) -> list[MachineCode]:
+    """Its Triton kernels, compiled for the calls that `spec.codegen` names and for these architectures."""
     import triton
 
     if "triton" not in spec.backends:
@@ -277,9 +277,9 @@ def triton_code(spec: OpSpec) -> list[MachineCode]:
 
     def read() -> list[MachineCode]:
         rows = []
-        for architecture, machine in ARCHITECTURES.items():
+        for architecture in architectures:
             for variant, call in spec.codegen().items():
-                with _compiling_for(machine.triton) as compiled:
+                with _compiling_for(ARCHITECTURES[architecture].triton) as compiled:
                     list(spec.passes(backend, api.problem(**call)))
                 for kernel in compiled:
                     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -291,7 +291,8 @@ def triton_code(spec: OpSpec) -> list[MachineCode]:
 
     own = Path(api.__file__ or "").parent
     shared = own.parent.parent / "_core"
-    return _kept([triton.__version__, *sorted(own.rglob("*.py")), *sorted(shared.glob("triton*.py"))], read)
+    words = [triton.__version__, *architectures]
+    return _kept([*words, *sorted(own.rglob("*.py")), *sorted(shared.glob("triton*.py"))], read)
 
 
 def cuda_code(spec: OpSpec) -> list[MachineCode]:
@@ -315,9 +316,9 @@ def available() -> str | None:
     return None if _tool() else "triton, which brings the disassembler, is not installed"
 
 
-def machine_code() -> list[MachineCode]:
-    """Every kernel of every operator for every architecture."""
-    return [row for spec in all_specs() for row in (*triton_code(spec), *cuda_code(spec))]
+def machine_code(architectures: Sequence[str] = tuple(ARCHITECTURES)) -> list[MachineCode]:
+    """Every kernel of every operator: CUDA's for every architecture, Triton's for these."""
+    return [row for spec in all_specs() for row in (*triton_code(spec, architectures), *cuda_code(spec))]
 
 
 def table(ops: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -344,7 +345,8 @@ def main() -> None:
     if reason is not None:
         raise SystemExit(f"the machine code cannot be read: {reason}")
     if "--json" in sys.argv[1:]:
-        print(json.dumps([asdict(row) for row in machine_code()]))
+        architectures = [word for word in sys.argv[1:] if word != "--json"] or tuple(ARCHITECTURES)
+        print(json.dumps([asdict(row) for row in machine_code(architectures)]))
     else:
         print(tabulate(table(), headers="keys", tablefmt="plain"))
 
