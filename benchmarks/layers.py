@@ -34,7 +34,7 @@ LENGTHS = {"small": (256, 512, 1024, 2048, 4096), "base": (128, 256, 512, 1024, 
 LENGTHS["large"] = (512, 1024, 2048, 4096, 8192)
 BOTH = {"small": (2048,), "base": (512, 1024, 2048, 4096), "large": (2048,)}  # forward and backward
 QUICK = {"small": (256, 1024, 4096), "base": (128, 512, 2048)}
-COMPARED = (512, 2048)  # where every part is timed, whatever the width; at base torch.compile and peers as well
+COMPARED = (2048,)  # where every part is timed, whatever the width; at base torch.compile and peers as well
 SETS = 4  # of inputs, taken in turn
 OURS = ("linear attention, state", "linear attention, state, batch 1", "RoPE, ours")  # of what is not a part
 CHECKED = 512  # tokens of which results are compared with the definition's
@@ -437,7 +437,7 @@ def timed(level: str, width: int, length: int, what: str, quick: bool) -> list[P
         found = [p for p in found if p.name in ("attention", "feed-forward", "projections")]
     if quick or (what == "both" and not (base and length in COMPARED)):
         found = [p for p in found if p.usual]
-    against = base and length in (COMPARED if what == "forward" else COMPARED[-1:])
+    against = base and length in COMPARED
     return [p for p in found if against or (p.exact is None and p.by != "torch.compile")]
 
 

@@ -231,14 +231,14 @@ def operator_steps(op: Any, name: str, device: str, quick: bool) -> Iterator[Ste
             compiled = not quick and (where == "timings" or plain)
             find = functools.partial(timings, op, case, device, budget, quick, compiled=compiled)
             imports = (4 if quick else 10) if case == cases[0] and where == "timings" else 0  # of peers, once
-            expected = 2 * budget + imports + (1 if quick else 20 if compiled else 2) + calling(case, device)
+            expected = 2 * budget + imports + (1 if quick else 10 if compiled else 2) + calling(case, device)
             yield Step(where, case.name, find, expected)
     yield Step("host", "host time", lambda _: host_times(op, device, quick), 2 if quick else 15)
     for case in measured:
         find = functools.partial(memory, op, case, device, not quick and case == cases[0])
         yield Step("memory", f"memory, {case.name}", find, 2 if quick else 12 if case == cases[0] else 3)
     yield Step("import", "import", lambda _: import_seconds(1 if quick else 3), 6 if quick else 15)
-    yield Step("accuracy", "accuracy", lambda s: accuracy.measure(name, device, quick, s), 1 if quick else 40)
+    yield Step("accuracy", "accuracy", lambda s: accuracy.measure(name, device, quick, s), 1 if quick else 25)
     if not quick:
         yield Step("", "extras", lambda _: op.extras(), 10)
         yield Step("counts", "counts", lambda _: counts.measure(name, device), 15)
@@ -264,7 +264,7 @@ def layer_steps(device: str, quick: bool) -> Iterator[Step]:
         flops = sum(part.about(width, n) for part in chosen) * (3.3 if what == "both" else 1)
         compiled = sum(part.by == "torch.compile" for part in chosen)
         calls = measure.CALLS * flops / (1.5e11 if device == "cpu" else 1e13)
-        return Step("times", name, find, 1.5 * seconds + calls + 8 * compiled)
+        return Step("times", name, find, 1.5 * seconds + 0.4 * len(chosen) + calls + 10 * compiled)
 
     for n in () if quick else layers.SHORT:
         yield times("mixing", base, n, "forward")
