@@ -9,7 +9,7 @@ SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f 2>/d
 
 help:
 	@echo "make report   measure this machine and write report/index.html"
-	@echo "make test     the tests that this machine can run; of interpreted and emulated kernels one case in seven"
+	@echo "make test     the tests that this machine can run; of references, interpreted and emulated kernels one case in seven"
 	@echo "make thorough every case of these as well: hours on two cores"
 	@echo "make lint     ruff, mypy, clang-format"
 	@echo "make bench    pytest-benchmark, to compare two versions of the code"

@@ -73,18 +73,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--thorough",
         action="store_true",
-        help="every case of interpreted and emulated kernels, and Triton's machine code for every architecture: hours",
+        help="every case of references, interpreted and emulated kernels, and machine code for every architecture",
     )
 
 
 def _dealt_out(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Of interpreted and emulated kernels one item in ONE_IN of each test and operator, its first among them."""
+    """Of references, interpreted and emulated kernels one item in ONE_IN of each test and operator, its first too."""
     seen: dict[tuple[str, ...], int] = {}
     kept = []
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
         lane, spec = parameters.get("lane"), parameters.get("spec")
-        slow = lane.slow if isinstance(lane, Lane) else "wgmma" in item.name
+        slow = lane.slow or lane.backend == "reference" if isinstance(lane, Lane) else "wgmma" in item.name
         key = (item.nodeid.partition("[")[0], str(lane), getattr(spec, "name", ""))
         seen[key] = seen.get(key, -1) + 1
         if not slow or seen[key] % ONE_IN == 0:
