@@ -130,7 +130,10 @@ def _resident_form(device: torch.device, dtype: torch.dtype, key_dim: int) -> Re
     """None where the GPU has no clusters or a block no room."""
     code = native.DTYPE_CODES[dtype]
     form = native.cuda(device).gau_attention_cuda_resident_form(code, key_dim, device.index or 0)
-    return ResidentForm(*form[:3], tuple(form[3:])) if form else None
+    if not form:
+        return None
+    most_keys, tile, columns, *at_once = form
+    return ResidentForm(most_keys, tile, columns, tuple(at_once))
 
 
 def _resident_blocks(p: GauProblem) -> int:
