@@ -162,19 +162,28 @@ def test_padding_never_leaks(lane: Any, how: dict[str, Any], garbage: float) -> 
         assert not a[~keep].any()
 
 
+def assert_unchanged(lane: Any, actual: Tensor, expected: Tensor, how: dict[str, Any], *values: Tensor) -> None:
+    """The same bits; of the reference within the budget, as torch's products sum in an order that goes by sizes."""
+    if lane.backend == "reference":
+        assert_agrees([actual], lambda *x: [attend(*x, **how)], *values)
+    else:
+        assert same_bits(actual, expected)
+
+
 def test_padding_length_changes_nothing(lane: Any, how: dict[str, Any]) -> None:
     q, k, v = inputs(lane, 1, 70, 2, 16)
     alone = attend(q, k, v, **how)
     padded = [torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 60), value=torch.nan) for x in (q, k, v)]
     keep = (torch.arange(130) < 70)[None].to(lane.device)
-    assert same_bits(attend(*padded, **how, key_padding_mask=keep)[:, :70], alone)
+    assert_unchanged(lane, attend(*padded, **how, key_padding_mask=keep)[:, :70], alone, how, q, k, v)
 
 
 def test_batch_mates_change_nothing(lane: Any, how: dict[str, Any]) -> None:
     q, k, v = inputs(lane, 3, 70, 2, 16)
     together = attend(q, k, v, **how)
     for b in range(3):
-        assert same_bits(attend(q[b : b + 1], k[b : b + 1], v[b : b + 1], **how), together[b : b + 1])
+        mine = [x[b : b + 1] for x in (q, k, v)]
+        assert_unchanged(lane, together[b : b + 1], attend(*mine, **how), how, *mine)
 
 
 def test_packed_sequences_are_sequences(lane: Any, how: dict[str, Any]) -> None:
