@@ -563,7 +563,7 @@ def times(
                 why = measure.reason(failure)
         row = _row(part, width, length) | {"what": what} | counts
         found.append(row | ({"reason": why} if why else {}))
-    rounds, failed = measure.rounds(calls, device, seconds, allowance, least)
+    rounds, failed = measure.rounds(calls, device, seconds, allowance.once_ready(), least)
     for at, mine in rounds.items():
         found[int(at)] |= measure.numbers(mine)
     for at, why in failed.items():

@@ -72,6 +72,10 @@ class _CudaClock:
         return statistics.median(begin.elapsed_time(end) for begin, end in pairs) / 1e3
 
 
+READY = 0.5  # of an allowance: what making contenders ready may take
+LATE = "no time was left to make it ready"
+
+
 class Allowance:
     """The seconds that something may take, from now on."""
 
@@ -90,9 +94,9 @@ class Allowance:
             return None
         return f"a call takes {units.time(once)} or more, and {units.time(self.left)} were left for {calls} of them"
 
-
-READY = 0.5  # of an allowance: what making contenders ready may take
-LATE = "no time was left to make it ready"
+    def once_ready(self) -> Allowance:
+        """What is left for rounds; their part of it even where making ready took longer, as an import may."""
+        return Allowance(max(self.left, self.seconds * (1 - READY)))
 
 
 class OutOfTime(BaseException):

@@ -113,8 +113,7 @@ def timings(
             missing[contender.name] = call
         else:
             contenders[contender.name] = call
-    allowance = measure.Allowance(max(allowance.left, allowed * (1 - measure.READY)))  # even if imports took long
-    rounds, failed = measure.rounds(contenders, device, seconds, allowance, least=3 if quick else 7)
+    rounds, failed = measure.rounds(contenders, device, seconds, allowance.once_ready(), least=3 if quick else 7)
     missing |= failed
     if op.LIMIT not in rounds:  # of which all others are a fraction
         missing |= dict.fromkeys(rounds, f"{op.LIMIT}: {failed[op.LIMIT]}")
