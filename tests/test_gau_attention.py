@@ -258,6 +258,31 @@ def test_a_decoded_query_is_the_last_row(lane: Any, how: dict[str, Any]) -> None
         assert_close_in_float32(one[:, 0], whole[:, t])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value_dim", [1, 64, 200, 1100], ids=str)
+@pytest.mark.parametrize("normalizer", ["visible", "sum"])
+def test_threads_that_share_columns_change_no_bit(
+    lane: Any, dtype: torch.dtype, value_dim: int, normalizer: str
+) -> None:
+    """Few queries, as in decoding: threads share the columns of their values, which are those of many queries."""
+    if lane.backend != "cpu":
+        pytest.skip("its threads are not ours")
+    generator = torch.Generator().manual_seed(0)
+    q, k, gate = (torch.randn(1, 150, 1, d, generator=generator).to(dtype) for d in (32, 32, value_dim))
+    v = torch.randn(1, 150, 1, value_dim + 3, generator=generator).to(dtype)[..., :value_dim]  # a strided view
+    how: dict[str, Any] = {"causal": True, "normalizer": normalizer, "backend": "cpu"}
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append(attend(q[:, -1:], k, v, gate[:, -1:], **how))
+            if threads == 1:
+                results.append(attend(q, k, v, gate, **how)[:, -1:])
+    finally:
+        torch.set_num_threads(before)
+    assert all(same_bits(results[0], result) for result in results[1:])
+
+
 def test_rows_that_see_nothing_are_zero(lane: Any, how: dict[str, Any]) -> None:
     """Queries before the first key, and a sequence of padding alone."""
     q, k, v, gate = inputs(lane)

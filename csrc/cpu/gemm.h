@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "simd.h"
 
@@ -50,12 +51,54 @@ inline void tile(int k0, int k1, const A* a, int64_t a_row, int64_t a_k, const A
   }
 }
 
+// c [n] (+)= a [k0 … k1] · b of one row. It is b that such a product waits for: its rows are read as they lie in
+// memory, four at a time, into sums that stay in the first cache.
+template <class A>
+inline void one_row(int n, int k0, int k1, const A* a, int64_t a_k, const A* b, int64_t b_row, A* c, bool add_to) {
+  using V = vector_t<A>;
+  constexpr int kColumns = 4096 / sizeof(A), kAtOnce = 4;
+  alignas(64) A sums[kColumns];
+  for (int j0 = 0; j0 < n; j0 += kColumns) {
+    const int columns = std::min(kColumns, n - j0);
+    std::fill_n(sums, (columns + V::kLanes - 1) / V::kLanes * V::kLanes, A{0});
+    const auto add_rows = [&](auto count, int k) {
+      V x[count];
+      for (int l = 0; l < count; ++l) {
+        x[l] = all(a[(k + l) * a_k]);
+      }
+      const A* const from = b + k * b_row + j0;
+      for (int j = 0; j < columns; j += V::kLanes) {
+        V sum = load(sums + j);
+        for (int l = 0; l < count; ++l) {
+          sum = fma(x[l], load(from + l * b_row + j), sum);
+        }
+        store(sums + j, sum);
+      }
+    };
+    int k = k0;
+    for (; k + kAtOnce <= k1; k += kAtOnce) {
+      add_rows(std::integral_constant<int, kAtOnce>{}, k);
+    }
+    for (; k < k1; ++k) {
+      add_rows(std::integral_constant<int, 1>{}, k);
+    }
+    for (int j = 0; j < columns; j += V::kLanes) {
+      A* const to = c + j0 + j;
+      store(to, add_to ? add(load(to), load(sums + j)) : load(sums + j));
+    }
+  }
+}
+
 template <int kRows, class A>
 inline void rows(int n, int k0, int k1, const A* a, int64_t a_row, int64_t a_k, const A* b, int64_t b_row, A* c,
                  int64_t c_row, bool add_to) {
   constexpr int kLanes = vector_t<A>::kLanes;
   for (int k = k0; k < k1 || k == k0; k += kDepth) {
     const int end = std::min(k1, k + kDepth);
+    if constexpr (kRows == 1) {
+      one_row(n, k, end, a, a_k, b, b_row, c, add_to || k > k0);
+      continue;
+    }
     int j = 0;
     for (; j + 2 * kLanes <= n; j += 2 * kLanes) {
       tile<kRows, 2>(k, end, a, a_row, a_k, b + j, b_row, c + j, c_row, add_to || k > k0);

@@ -18,24 +18,32 @@ void forward(const Problem& p, int threads) {
   struct Item {
     int64_t sequence, head, first;
   };
-  std::vector<Item> items;
+  std::vector<Item> blocks;
   for (int64_t n = 0; n < p.num_sequences; ++n) {
     const Sequence s = sequence(p, n);
     for (int64_t first = (s.queries - 1) / kQueries * kQueries; first >= 0 && s.queries > 0; first -= kQueries) {
       for (int64_t head = 0; head < p.heads; ++head) {
-        items.push_back({n, head, first});  // the longest first
+        blocks.push_back({n, head, first});  // the longest first
       }
     }
   }
-  const int64_t count = static_cast<int64_t>(items.size());
+  // Where there are fewer blocks than threads, as in decoding, they share out columns of values: scores are made again
+  // for each share, and no bit depends on how many there are.
+  const int64_t num_blocks = static_cast<int64_t>(blocks.size());
+  const int64_t most = (p.value_dim + kColumns - 1) / kColumns;
+  const int64_t shares = num_blocks == 0 ? 1 : std::clamp<int64_t>(threads / num_blocks, 1, std::max<int64_t>(1, most));
+  const int64_t columns = (most + shares - 1) / shares * kColumns, count = num_blocks * shares;
 #pragma omp parallel num_threads(static_cast<int>(std::clamp<int64_t>(count, 1, threads))) if (threads > 1)
   {
     Worker<T, A> worker(p, false);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < count; ++i) {
-      const Sequence s = sequence(p, items[i].sequence);
-      worker.attend(s, items[i].head, items[i].first);
-      worker.store_outputs(s, items[i].head, items[i].first);
+      const Item& block = blocks[i / shares];
+      const Sequence s = sequence(p, block.sequence);
+      const int from = static_cast<int>(std::min(p.value_dim, i % shares * columns));
+      const int to = static_cast<int>(std::min(p.value_dim, from + columns));
+      worker.attend(s, block.head, block.first, from, to);
+      worker.store_outputs(s, block.head, block.first, from, to);
     }
   }
   clear_surplus<T>(p, p.o, p.cu_seqlens, p.queries, p.heads, p.value_dim);

@@ -127,11 +127,13 @@ class Worker {
     }
   }
 
-  // Sums of scores times values of a block of queries, each with its factor c, to `wide`.
-  void attend(const Sequence& s, int64_t head, int64_t first) {
+  // Sums of scores times columns [from, to) of values of a block of queries, each with its factor c, to `wide`.
+  void attend(const Sequence& s, int64_t head, int64_t first, int from, int to) {
     const int count = block_of(s, first);
     load_queries(s, head, first, count);
-    std::fill_n(wide, static_cast<size_t>(count) * vw, A{0});
+    for (int i = 0; i < count; ++i) {
+      std::fill_n(wide + static_cast<size_t>(i) * vw + from, whole_vectors(to - from), A{0});
+    }
     A sums[kQueries] = {};
     const int64_t last = p.causal ? std::min(s.keys, first + count + s.shift()) : s.keys;
     for (int64_t key = 0; key < last; key += block) {
@@ -145,40 +147,40 @@ class Worker {
       const A* values = v;
       int64_t values_row = vw;
       if (!in_place(s, head / group(), key, keys, &values, &values_row)) {
-        load_values(s, head / group(), key, keys);
+        load_values(s, head / group(), key, keys, from, to);
       }
-      multiply_wide(count, value_dim, keys, scores, block, 1, values, values_row, wide);
+      multiply_wide(count, to - from, keys, scores, block, 1, values + from, values_row, wide + from);
     }
     for (int i = 0; i < count; ++i) {
       A* const o = wide + static_cast<size_t>(i) * vw;
       const int64_t at = s.query_row + first + i;
-      if (p.by_sum) {
+      if (p.by_sum && from == 0) {
         by_row(p.sums, (s.batch * p.queries + at) * p.heads + head) = sums[i];
       }
       const A c = keep_query[i] ? factor(s, at, head, sums[i]) : A{0};
-      for (int e = 0; e < value_dim; ++e) {
+      for (int e = from; e < to; ++e) {
         o[e] *= c;
       }
     }
   }
 
-  // Writes what `wide` holds of a block of queries, and what it is after the gate.
-  void store_outputs(const Sequence& s, int64_t head, int64_t first) {
+  // Writes what `wide` holds of a block of queries in columns [from, to), and what it is after the gate.
+  void store_outputs(const Sequence& s, int64_t head, int64_t first, int from, int to) {
     for (int i = 0; i < block_of(s, first); ++i) {
-      A* const o = wide + static_cast<size_t>(i) * vw;
+      A* const o = wide + static_cast<size_t>(i) * vw + from;
       const int64_t at = s.query_row + first + i;
       if (p.ungated.data != nullptr) {
         visit_ungated([&](auto type) {
-          store_row(o, value_dim, element<decltype(type)>(p.ungated, s.batch, at, head), p.ungated.stride[3]);
+          store_row(o, to - from, element<decltype(type)>(p.ungated, s.batch, at, head, from), p.ungated.stride[3]);
         });
       }
       if (p.gate.data != nullptr && keep_query[i]) {
-        const T* const gate = element<const T>(p.gate, s.batch, at, head);
-        for (int e = 0; e < value_dim; ++e) {
+        const T* const gate = element<const T>(p.gate, s.batch, at, head, from);
+        for (int e = 0; e < to - from; ++e) {
           o[e] *= widen(gate[e * p.gate.stride[3]]);
         }
       }
-      store_row(o, value_dim, element<T>(p.o, s.batch, at, head), p.o.stride[3]);
+      store_row(o, to - from, element<T>(p.o, s.batch, at, head, from), p.o.stride[3]);
     }
   }
 
@@ -186,7 +188,7 @@ class Worker {
   void begin_gradients(const Sequence& s, int64_t kv_head, int64_t key) {
     const int keys = keys_of(s, key);
     load_keys(s, kv_head, key, keys);
-    load_values(s, kv_head, key, keys);
+    load_values(s, kv_head, key, keys, 0, value_dim);
     transpose(keys, value_dim, v, vw, v_columns, block);
     std::fill_n(grad_v, static_cast<size_t>(keys) * vw, A{0});
     std::fill_n(grad_k, static_cast<size_t>(keys) * kw, A{0});
@@ -267,8 +269,8 @@ class Worker {
   int keys_of(const Sequence& s, int64_t key) const { return static_cast<int>(std::min<int64_t>(block, s.keys - key)); }
 
   template <class U>
-  static U* element(const View& x, int64_t batch, int64_t at, int64_t head) {
-    return static_cast<U*>(x.data) + batch * x.stride[0] + at * x.stride[1] + head * x.stride[2];
+  static U* element(const View& x, int64_t batch, int64_t at, int64_t head, int64_t column = 0) {
+    return static_cast<U*>(x.data) + batch * x.stride[0] + at * x.stride[1] + head * x.stride[2] + column * x.stride[3];
   }
   static A& by_row(void* x, int64_t at) { return static_cast<A*>(x)[at]; }
   static bool keeps(const uint8_t* mask, const int64_t* stride, int64_t batch, int64_t at) {
@@ -293,8 +295,9 @@ class Worker {
   // to [m, vw] += x · y, y of many columns.
   void multiply_wide(int m, int n, int depth, const A* x, int64_t x_row, int64_t x_k, const A* y, int64_t y_row,
                      A* to) {
-    for (int e = 0; e < n; e += kColumns) {
-      multiply(m, std::min(kColumns, n - e), depth, x, x_row, x_k, y + e, y_row, to + e, vw, true);
+    const int columns = m == 1 ? n : kColumns;  // one row uses each value once
+    for (int e = 0; e < n; e += columns) {
+      multiply(m, std::min(columns, n - e), depth, x, x_row, x_k, y + e, y_row, to + e, vw, true);
     }
   }
 
@@ -314,10 +317,10 @@ class Worker {
     }
     transpose(keys, key_dim, k, kw, k_columns, block);
   }
-  void load_values(const Sequence& s, int64_t head, int64_t key, int keys) {
+  void load_values(const Sequence& s, int64_t head, int64_t key, int keys, int from, int to) {
     for (int j = 0; j < keys; ++j) {
-      load_kept(keep_key[j], element<const T>(p.v, s.batch, s.key_row + key + j, head), p.v.stride[3], value_dim,
-                v + static_cast<size_t>(j) * vw);
+      load_kept(keep_key[j], element<const T>(p.v, s.batch, s.key_row + key + j, head, from), p.v.stride[3], to - from,
+                v + static_cast<size_t>(j) * vw + from);
     }
   }
   void load_kept(bool kept, const T* from, int64_t stride, int n, A* to) const {

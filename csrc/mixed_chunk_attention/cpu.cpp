@@ -68,9 +68,9 @@ class Worker : public gau_attention::KX_ISA::Worker<T, A> {
     for (int64_t place = g.begin; place < g.end; place += p.chunk) {
       const Sequence s = chunk(g, place);
       each_block(g, s, [&](int64_t head, int64_t first) {
-        this->attend(s, head, first);
+        this->attend(s, head, first, 0, value_dim);
         add_linear(s, head, first, state);
-        this->store_outputs(s, head, first);
+        this->store_outputs(s, head, first, 0, value_dim);
       });
       if (p.causal && place + p.chunk < g.length) {
         add_keys(g, s, state);
@@ -213,7 +213,7 @@ class Worker : public gau_attention::KX_ISA::Worker<T, A> {
     for (int64_t key = 0; key < s.keys; key += this->block) {
       const int keys = this->keys_of(s, key);
       load_keys(s, g.kv_head, key, keys);
-      this->load_values(s, g.kv_head, key, keys);
+      this->load_values(s, g.kv_head, key, keys, 0, value_dim);
       this->multiply_wide(key_dim, value_dim, keys, lin, 1, kw, this->v, vw, state);
     }
   }

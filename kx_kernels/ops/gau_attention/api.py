@@ -398,8 +398,9 @@ class _Counts:
         if x == "dim":
             return torch.sym_float(self.q.shape[3]) ** -0.5, None
         power = 2 if x == "length_squared" else 1
+        causal = self.causal and self.q.shape[1] != 1  # one query stands with the last key
         if self.cu_seqlens is None and (
-            x.startswith("length") or (self.key_mask is None and (x == "valid" or not self.causal))
+            x.startswith("length") or (self.key_mask is None and (x == "valid" or not causal))
         ):
             return 1 / torch.sym_float(max(self.k.shape[1], 1)) ** power, None
         count = self._by_row(x.removesuffix("_squared")).to(self.wide) ** power
@@ -413,6 +414,9 @@ class _Counts:
     def _by_row(self, name: str) -> Tensor:
         """[B or 1, n_q]"""
         n_k = self.k.shape[1]
+        if name == "visible" and self.causal and self.key_mask is None and self.cu_seqlens is None:
+            place, _ = _places(self.q, self.k, None, None)
+            return (place + 1).clamp(0, n_k)[None]
         kept = torch.ones(1, n_k, dtype=torch.bool, device=self.k.device)
         if self.key_mask is not None and name != "length":
             kept = self.key_mask

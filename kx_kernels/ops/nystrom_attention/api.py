@@ -89,7 +89,7 @@ def nystrom_attention(
 
     Source: Xiong et al., "Nyströmformer" (arXiv:2102.03902).
     """
-    p = problem(
+    p = _checked(
         q,
         k,
         v,
@@ -105,7 +105,6 @@ def nystrom_attention(
         landmarks=landmarks,
         ridge=ridge,
         causal=causal,
-        return_factors=return_factors,
     )
     o = OPERATOR.attend(p, dispatch.requested(backend))
     if not return_factors:
@@ -199,7 +198,8 @@ def _checked(
         )
     query_mask, key_mask = masks(q, k, key_padding_mask, query_padding_mask, lengths)
     of_q = lay_out(landmarks, q, query_mask, cu_seqlens, num_landmarks, wide)
-    of_k = lay_out(landmarks, k, key_mask, cu_seqlens, num_landmarks, wide)
+    alike = q.shape[1] == k.shape[1] and query_mask is key_mask
+    of_k = of_q if alike else lay_out(landmarks, k, key_mask, cu_seqlens, num_landmarks, wide)
     road = roads(landmarks, of_q, of_k)
     ends = None if cu_seqlens is None else cu_seqlens.contiguous()
     tables = (of_q.bounds, of_q.divisors, of_k.bounds, of_k.divisors, road)

@@ -31,6 +31,8 @@ def lay_out(
 ) -> Segments:
     """The segments of x [B, n, ...], mask [B, n]; packed sequences are a batch of one."""
     batch, n = x.shape[:2]
+    if mask is None and cu_seqlens is None:
+        return _lay_out_whole(convention, batch, n, torch.arange(num_landmarks + 1, device=x.device), dtype)
     if cu_seqlens is None:
         first = torch.zeros(batch, 1, dtype=torch.int64, device=x.device)
         last = torch.full_like(first, n)
@@ -69,6 +71,20 @@ def lay_out(
             bounds, divisors = torch.where(exact, bounds, rows), torch.where(exact, divisors, rows.diff())
         divisors = divisors.to(dtype)
     return Segments(bounds.contiguous(), divisors.contiguous(), valid[:, 0], total[:, 0])
+
+
+def _lay_out_whole(convention: str, batch: int, n: int, step: Tensor, dtype: torch.dtype) -> Segments:
+    """The segments of sequences without padding, which are one table."""
+    num_landmarks = step.shape[0] - 1
+    if convention == "lucidrains":
+        size = (n + num_landmarks - 1) // num_landmarks
+        bounds, divisors = (n - (num_landmarks - step) * size).clamp(min=0), torch.full_like(step[1:], size)
+    else:
+        bounds = step * (n // num_landmarks) + (step - (num_landmarks - n % num_landmarks)).clamp(min=0)
+        divisors = bounds.diff()
+    rows = step.new_full((batch,), n)
+    table, of_rows = bounds.expand(batch, -1), divisors.to(dtype).expand(batch, -1)
+    return Segments(table.contiguous(), of_rows.contiguous(), rows, rows)
 
 
 def roads(convention: str, of_q: Segments, of_k: Segments) -> Tensor:
