@@ -79,7 +79,7 @@ void backward(const Problem& p, int threads) {
       const Sequence s = sequence(p, n);
       A* const rows = grad_q.get() + part * queries + (s.batch * p.queries + s.query_row) * p.heads * width;
       double* const bias = p.bias != nullptr ? grad_bias.get() + task * distances : nullptr;
-      for (int64_t key = part * kKeysBackward; key < s.keys; key += parts * kKeysBackward) {
+      for (int64_t key = part * kKeys; key < s.keys; key += parts * kKeys) {
         worker.begin_gradients(s, kv_head, key);
         worker.add_gradients(s, kv_head, key, rows, bias);
         worker.store_gradients(s, kv_head, key);

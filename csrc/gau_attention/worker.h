@@ -7,6 +7,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "../cpu/ahead.h"
 #include "../cpu/gemm.h"
 #include "../cpu/rows.h"
 #include "../cpu/simd.h"
@@ -18,10 +19,9 @@ namespace {
 
 using namespace ::kx::KX_ISA;  // the vectors of this instruction set
 
-constexpr int kQueries = 64;       // rows of a block
-constexpr int kKeys = 64;          // columns of a block forward
-constexpr int kKeysBackward = 32;  // where their values, turned, and the gradients of these are held as well
-constexpr int kColumns = 64;       // of values, that a product takes at a time: they stay in the first cache
+constexpr int kQueries = 64;  // rows of a block
+constexpr int kKeys = 64;     // columns of a block
+constexpr int kColumns = 64;  // of values, that a product takes at a time: they stay in the first cache
 
 // Rows of one sequence in memory.
 struct Sequence {
@@ -107,22 +107,20 @@ template <class T, class A>
 class Worker {
  public:
   Worker(const Problem& p, bool backward)
-      : p(p),
-        key_dim(static_cast<int>(p.key_dim)),
-        value_dim(static_cast<int>(p.value_dim)),
-        block(backward ? kKeysBackward : kKeys) {
+      : p(p), key_dim(static_cast<int>(p.key_dim)), value_dim(static_cast<int>(p.value_dim)) {
     q = take(kQueries * static_cast<size_t>(kw));
-    k = take(block * static_cast<size_t>(kw));
-    k_columns = take(static_cast<size_t>(key_dim) * block);
-    v = take(block * static_cast<size_t>(vw));
+    k = take(kKeys * static_cast<size_t>(kw));
+    k_columns = take(static_cast<size_t>(key_dim) * kKeys);
+    v = take(kKeys * static_cast<size_t>(vw));
     wide = take(kQueries * static_cast<size_t>(vw));
-    scores = take(static_cast<size_t>(kQueries) * block);
+    scores = take(static_cast<size_t>(kQueries) * kKeys);
+    slice = take(static_cast<size_t>(std::max<int>(kQueries, key_dim)) * kColumns);
     if (backward) {
-      slopes = take(static_cast<size_t>(kQueries) * block);
-      grad_scores = take(static_cast<size_t>(kQueries) * block);
-      v_columns = take(static_cast<size_t>(value_dim) * block);
-      grad_v = take(block * static_cast<size_t>(vw));
-      grad_k = take(block * static_cast<size_t>(kw));
+      slopes = take(static_cast<size_t>(kQueries) * kKeys);
+      grad_scores = take(static_cast<size_t>(kQueries) * kKeys);
+      v_columns = take(static_cast<size_t>(value_dim) * kKeys);
+      grad_v = take(kKeys * static_cast<size_t>(vw));
+      grad_k = take(kKeys * static_cast<size_t>(kw));
       row = take(vw);
     }
   }
@@ -136,20 +134,19 @@ class Worker {
     }
     A sums[kQueries] = {};
     const int64_t last = p.causal ? std::min(s.keys, first + count + s.shift()) : s.keys;
-    for (int64_t key = 0; key < last; key += block) {
-      const int keys = static_cast<int>(std::min<int64_t>(block, last - key));
+    for (int64_t key = 0; key < last; key += kKeys) {
+      const int keys = static_cast<int>(std::min<int64_t>(kKeys, last - key));
       load_keys(s, head / group(), key, keys);
-      multiply(count, keys, key_dim, q, kw, 1, k_columns, block, scores, block, false);
+      multiply(count, keys, key_dim, q, kw, 1, k_columns, kKeys, scores, kKeys, false);
       score(s, head, first, count, key, keys, nullptr);
       for (int i = 0; i < count && p.by_sum; ++i) {
-        sums[i] += total<A>(keys, [&](int j) { return scores[i * block + j]; });
+        sums[i] += total<A>(keys, [&](int j) { return scores[i * kKeys + j]; });
       }
-      const A* values = v;
-      int64_t values_row = vw;
-      if (!in_place(s, head / group(), key, keys, &values, &values_row)) {
-        load_values(s, head / group(), key, keys, from, to);
+      if (count == 1) {
+        weigh_values(s, head / group(), key, keys, from, to);
+      } else {
+        multiply_values(s, head / group(), key, keys, std::min<int64_t>(kKeys, last - key - keys), count, from, to);
       }
-      multiply_wide(count, to - from, keys, scores, block, 1, values + from, values_row, wide + from);
     }
     for (int i = 0; i < count; ++i) {
       A* const o = wide + static_cast<size_t>(i) * vw;
@@ -189,7 +186,7 @@ class Worker {
     const int keys = keys_of(s, key);
     load_keys(s, kv_head, key, keys);
     load_values(s, kv_head, key, keys, 0, value_dim);
-    transpose(keys, value_dim, v, vw, v_columns, block);
+    transpose(keys, value_dim, v, vw, v_columns, kKeys);
     std::fill_n(grad_v, static_cast<size_t>(keys) * vw, A{0});
     std::fill_n(grad_k, static_cast<size_t>(keys) * kw, A{0});
   }
@@ -203,15 +200,28 @@ class Worker {
       for (int64_t first = seen_from / kQueries * kQueries; first < s.queries; first += kQueries) {
         const int count = block_of(s, first);
         load_queries(s, head, first, count);
-        A shifts[kQueries];
-        load_gradients(s, head, first, count, shifts);
-        multiply(count, keys, key_dim, q, kw, 1, k_columns, block, scores, block, false);
+        multiply(count, keys, key_dim, q, kw, 1, k_columns, kKeys, scores, kKeys, false);
         score(s, head, first, count, key, keys, slopes);
-        multiply(count, keys, value_dim, wide, vw, 1, v_columns, block, grad_scores, block, false);
+        A factors[kQueries], shifts[kQueries] = {};
+        for (int i = 0; i < count; ++i) {
+          const int64_t at = s.query_row + first + i;
+          const A sum = p.by_sum ? by_row(p.sums, (s.batch * p.queries + at) * p.heads + head) : A{0};
+          factors[i] = keep_query[i] ? factor(s, at, head, sum) : A{0};
+        }
+        int e = 0;
+        do {  // a few columns of g at a time, which stay in the first cache
+          const int columns = std::min(kColumns, value_dim - e);
+          load_gradients(s, head, first, count, e, columns, factors, shifts);
+          ask_for_gradients(s, head, first, count, e + columns);
+          gemm(count, keys, columns, slice, kColumns, 1, v_columns + static_cast<size_t>(e) * kKeys, kKeys, grad_scores,
+               kKeys, e > 0, Part::kAll, [this] { ahead(); });
+          gemm(keys, columns, count, scores, 1, kKeys, slice, kColumns, grad_v + e, vw, true, Part::kAll,
+               [this] { ahead(); });
+        } while ((e += kColumns) < value_dim);
         for (int i = 0; i < count; ++i) {
           for (int j = 0; j < keys; ++j) {
-            A& x = grad_scores[i * block + j];
-            x = slopes[i * block + j] * (x - shifts[i]);
+            A& x = grad_scores[i * kKeys + j];
+            x = slopes[i * kKeys + j] * (x - shifts[i]);
           }
         }
         if (grad_bias != nullptr) {
@@ -220,12 +230,11 @@ class Worker {
         for (int i = 0; i < count; ++i) {
           const A a = scale(p.scale, p.a, s, s.query_row + first + i);
           for (int j = 0; j < keys; ++j) {
-            grad_scores[i * block + j] *= a;
+            grad_scores[i * kKeys + j] *= a;
           }
         }
-        multiply_wide(keys, value_dim, count, scores, 1, block, wide, vw, grad_v);
-        multiply(keys, key_dim, count, grad_scores, 1, block, q, kw, grad_k, kw, true);
-        multiply(count, key_dim, keys, grad_scores, block, 1, k, kw, grad_queries + (first * p.heads + head) * kw,
+        multiply(keys, key_dim, count, grad_scores, 1, kKeys, q, kw, grad_k, kw, true);
+        multiply(count, key_dim, keys, grad_scores, kKeys, 1, k, kw, grad_queries + (first * p.heads + head) * kw,
                  p.heads * kw, true);
       }
     }
@@ -245,7 +254,7 @@ class Worker {
   void backward_gate(int64_t batch, int64_t at, int64_t head) {
     const bool kept = keeps(p.query_mask, p.query_mask_stride, batch, at);
     const T* const grad = element<const T>(p.grad_o, batch, at, head);
-    load_ungated(batch, at, head);
+    load_ungated(batch, at, head, 0, value_dim);
     for (int e = 0; e < value_dim; ++e) {
       row[e] = kept ? row[e] * widen(grad[e * p.grad_o.stride[3]]) : A{0};
     }
@@ -266,7 +275,7 @@ class Worker {
   static int block_of(const Sequence& s, int64_t first) {
     return static_cast<int>(std::min<int64_t>(kQueries, s.queries - first));
   }
-  int keys_of(const Sequence& s, int64_t key) const { return static_cast<int>(std::min<int64_t>(block, s.keys - key)); }
+  int keys_of(const Sequence& s, int64_t key) const { return static_cast<int>(std::min<int64_t>(kKeys, s.keys - key)); }
 
   template <class U>
   static U* element(const View& x, int64_t batch, int64_t at, int64_t head, int64_t column = 0) {
@@ -292,13 +301,50 @@ class Worker {
                 int64_t to_row, bool add_to) {
     gemm(m, n, depth, x, x_row, x_k, y, y_row, to, to_row, add_to, Part::kAll, [] {});
   }
-  // to [m, vw] += x · y, y of many columns.
+  // to [m, vw] += x · y, y of many columns: a few at a time are copied to where rows follow each other, for rows as far
+  // apart as y's take each other's places in the first cache.
   void multiply_wide(int m, int n, int depth, const A* x, int64_t x_row, int64_t x_k, const A* y, int64_t y_row,
                      A* to) {
-    const int columns = m == 1 ? n : kColumns;  // one row uses each value once
-    for (int e = 0; e < n; e += columns) {
-      multiply(m, std::min(columns, n - e), depth, x, x_row, x_k, y + e, y_row, to + e, vw, true);
+    for (int e = 0; e < n; e += kColumns) {
+      const int columns = std::min(kColumns, n - e);
+      for (int d = 0; d < depth; ++d) {
+        std::copy_n(y + d * y_row + e, whole_vectors(columns), slice + d * kColumns);
+      }
+      multiply(m, columns, depth, x, x_row, x_k, slice, kColumns, to + e, vw, true);
     }
+  }
+  // wide += scores · columns [from, to) of the values of a block of keys. A few columns are loaded at a time, while the
+  // machine is asked for those that follow: of the same keys, or of the `next` ones.
+  void multiply_values(const Sequence& s, int64_t kv_head, int64_t key, int keys, int64_t next, int count, int from,
+                       int to) {
+    for (int e = from; e < to; e += kColumns) {
+      const int columns = std::min(kColumns, to - e);
+      for (int j = 0; j < keys; ++j) {
+        load_kept(keep_key[j], element<const T>(p.v, s.batch, s.key_row + key + j, kv_head, e), p.v.stride[3], columns,
+                  slice + j * kColumns);
+      }
+      ahead.forget();
+      if (e + kColumns < to) {
+        ask_for_values(s, kv_head, key, keys, e + kColumns, std::min(kColumns, to - e - kColumns));
+      } else if (next > 0) {
+        ask_for_values(s, kv_head, key + keys, static_cast<int>(next), from, std::min(kColumns, to - from));
+      }
+      gemm(count, columns, keys, scores, kKeys, 1, slice, kColumns, wide + e, vw, true, Part::kAll,
+           [this] { ahead(); });
+    }
+  }
+  void ask_for_values(const Sequence& s, int64_t kv_head, int64_t key, int keys, int from, int columns) {
+    ahead.add(element<const T>(p.v, s.batch, s.key_row + key, kv_head, from), columns * sizeof(T),
+              p.v.stride[1] * static_cast<int64_t>(sizeof(T)), keys);
+  }
+  // The same for one query, which meets each value once: they are read where they lie if they can be.
+  void weigh_values(const Sequence& s, int64_t kv_head, int64_t key, int keys, int from, int to) {
+    const A* values = v;
+    int64_t values_row = vw;
+    if (!in_place(s, kv_head, key, keys, &values, &values_row)) {
+      load_values(s, kv_head, key, keys, from, to);
+    }
+    multiply(1, to - from, keys, scores, kKeys, 1, values + from, values_row, wide + from, vw, true);
   }
 
   // Padding is zeros: whatever its memory holds never meets a number that counts.
@@ -315,7 +361,7 @@ class Worker {
       keep_key[j] = keeps(p.key_mask, p.key_mask_stride, s.batch, at);
       load_kept(keep_key[j], element<const T>(p.k, s.batch, at, head), p.k.stride[3], key_dim, k + j * kw);
     }
-    transpose(keys, key_dim, k, kw, k_columns, block);
+    transpose(keys, key_dim, k, kw, k_columns, kKeys);
   }
   void load_values(const Sequence& s, int64_t head, int64_t key, int keys, int from, int to) {
     for (int j = 0; j < keys; ++j) {
@@ -347,17 +393,27 @@ class Worker {
     }
   }
 
-  // g, the gradients of sums of scores times values; and the part of a score's gradient that is the whole row's.
-  void load_gradients(const Sequence& s, int64_t head, int64_t first, int count, A* shifts) {
+  // Columns [from, from + columns) of g, the gradients of sums of scores times values, to `slice`; and to `shifts` what
+  // they add to the part of a score's gradient that is the whole row's.
+  void load_gradients(const Sequence& s, int64_t head, int64_t first, int count, int from, int columns,
+                      const A* factors, A* shifts) {
     for (int i = 0; i < count; ++i) {
       const int64_t at = s.query_row + first + i;
-      A* const g = wide + static_cast<size_t>(i) * vw;
-      const A sum = p.by_sum ? by_row(p.sums, (s.batch * p.queries + at) * p.heads + head) : A{0};
-      load_gradient(s.batch, at, head, keep_query[i] ? factor(s, at, head, sum) : A{0}, keep_query[i], g);
-      shifts[i] = 0;
+      A* const g = slice + i * kColumns;
+      load_gradient(s.batch, at, head, from, columns, factors[i], keep_query[i], g);
       if (p.by_sum && keep_query[i]) {
-        load_ungated(s.batch, at, head);
-        shifts[i] = total<A>(value_dim, [&](int e) { return g[e] * row[e]; });
+        load_ungated(s.batch, at, head, from, columns);
+        shifts[i] += total<A>(columns, [&](int e) { return g[e] * row[e]; });
+      }
+    }
+  }
+  void ask_for_gradients(const Sequence& s, int64_t head, int64_t first, int count, int from) {
+    ahead.forget();
+    const int64_t bytes = std::min<int64_t>(kColumns, value_dim - from) * static_cast<int64_t>(sizeof(T));
+    for (const View* x : {&p.grad_o, &p.gate}) {
+      if (x->data != nullptr && bytes > 0) {
+        ahead.add(element<const T>(*x, s.batch, s.query_row + first, head, from), bytes,
+                  x->stride[1] * static_cast<int64_t>(sizeof(T)), count);
       }
     }
   }
@@ -370,21 +426,21 @@ class Worker {
       visit(T{});
     }
   }
-  void load_ungated(int64_t batch, int64_t at, int64_t head) {
+  void load_ungated(int64_t batch, int64_t at, int64_t head, int from, int columns) {
     visit_ungated([&](auto type) {
-      load_row(element<const decltype(type)>(p.ungated, batch, at, head), p.ungated.stride[3], value_dim, row);
+      load_row(element<const decltype(type)>(p.ungated, batch, at, head, from), p.ungated.stride[3], columns, row);
     });
   }
-  // A row of grad_o, gated, times c; zeros where it is not kept.
-  void load_gradient(int64_t batch, int64_t at, int64_t head, A c, bool kept, A* g) {
-    load_kept(kept, element<const T>(p.grad_o, batch, at, head), p.grad_o.stride[3], value_dim, g);
+  // Columns of a row of grad_o, gated, times c; zeros where it is not kept.
+  void load_gradient(int64_t batch, int64_t at, int64_t head, int from, int columns, A c, bool kept, A* g) {
+    load_kept(kept, element<const T>(p.grad_o, batch, at, head, from), p.grad_o.stride[3], columns, g);
     if (p.gate.data != nullptr) {
-      load_kept(kept, element<const T>(p.gate, batch, at, head), p.gate.stride[3], value_dim, row);
-      for (int e = 0; e < value_dim; ++e) {
+      load_kept(kept, element<const T>(p.gate, batch, at, head, from), p.gate.stride[3], columns, row);
+      for (int e = 0; e < columns; ++e) {
         g[e] *= row[e] * c;
       }
     } else {
-      for (int e = 0; e < value_dim; ++e) {
+      for (int e = 0; e < columns; ++e) {
         g[e] *= c;
       }
     }
@@ -396,8 +452,8 @@ class Worker {
                                                  : static_cast<const A*>(p.bias) +
                                                        (p.bias_heads > 1 ? head : 0) * p.distances + p.distances / 2;
     for (int i = 0; i < count; ++i) {
-      A* const x = scores + i * block;
-      A* const slopes_here = slope != nullptr ? slope + i * block : nullptr;
+      A* const x = scores + i * kKeys;
+      A* const slopes_here = slope != nullptr ? slope + i * kKeys : nullptr;
       const int64_t at = s.query_row + first + i, apart = key - (first + i + s.shift());
       int seen = keys;
       if (p.causal) {
@@ -436,22 +492,24 @@ class Worker {
       const A b = scale(p.bias_scale, p.b, s, s.query_row + first + i);
       const int64_t apart = key - (first + i + s.shift());
       for (int j = 0; j < keys; ++j) {
-        if (slopes[i * block + j] != 0) {  // else it may be a distance that there is none of
-          distances[apart + j] += b * grad_scores[i * block + j];
+        if (slopes[i * kKeys + j] != 0) {  // else it may be a distance that there is none of
+          distances[apart + j] += b * grad_scores[i * kKeys + j];
         }
       }
     }
   }
 
   const Problem& p;
-  const int key_dim, value_dim, block;
+  const int key_dim, value_dim;
   const int kw = whole_vectors(p.key_dim), vw = whole_vectors(p.value_dim);  // widths of rows
-  A *q, *k, *k_columns;              // [kQueries, kw], [block, kw], [key_dim, block]
-  A *v, *v_columns;                  // [block, vw], [value_dim, block]
+  A *q, *k, *k_columns;              // [kQueries, kw], [kKeys, kw], [key_dim, kKeys]
+  A *v, *v_columns;                  // [kKeys, vw], [value_dim, kKeys]
   A* wide;                           // [kQueries, vw]: outputs, or gradients of their sums
-  A *scores, *slopes, *grad_scores;  // [kQueries, block]
-  A *grad_v, *grad_k;                // [block, vw], [block, kw]
+  A* slice;                          // [kQueries or key_dim, kColumns] of a product's many columns
+  A *scores, *slopes, *grad_scores;  // [kQueries, kKeys]
+  A *grad_v, *grad_k;                // [kKeys, vw], [kKeys, kw]
   A* row;                            // [vw]
+  Ahead ahead;
   bool keep_query[kQueries], keep_key[kKeys];
   std::vector<Buffer<A>> buffers_;
 };

@@ -15,6 +15,7 @@ namespace {
 
 using namespace ::kx::KX_ISA;  // the vectors of this instruction set
 using gau_attention::KX_ISA::clear_surplus;
+using gau_attention::KX_ISA::kKeys;
 using gau_attention::KX_ISA::kQueries;
 using gau_attention::KX_ISA::Sequence;  // here a chunk, or several
 
@@ -109,7 +110,7 @@ class Worker : public gau_attention::KX_ISA::Worker<T, A> {
       const Sequence s = chunk(g, place);
       A* const queries = grad_queries + place * p.heads * kw;
       transpose(key_dim, value_dim, state, vw, turned, kw);
-      for (int64_t key = 0; key < s.keys; key += this->block) {
+      for (int64_t key = 0; key < s.keys; key += kKeys) {
         this->begin_gradients(s, g.kv_head, key);
         add_linear_gradients(g, s, key, state);
         this->add_gradients(s, g.kv_head, key, queries, grad_bias);
@@ -181,7 +182,7 @@ class Worker : public gau_attention::KX_ISA::Worker<T, A> {
     for (int i = 0; i < this->block_of(s, first); ++i) {
       const int64_t at = s.query_row + first + i;
       keep_query[i] = this->keeps(p.query_mask, p.query_mask_stride, s.batch, at);
-      this->load_gradient(s.batch, at, head, A{1}, keep_query[i], wide + static_cast<size_t>(i) * vw);
+      this->load_gradient(s.batch, at, head, 0, value_dim, A{1}, keep_query[i], wide + static_cast<size_t>(i) * vw);
     }
   }
   // lin_k of a block of keys to `lin`.
@@ -210,7 +211,7 @@ class Worker : public gau_attention::KX_ISA::Worker<T, A> {
   }
 
   void add_keys(const Segment& g, const Sequence& s, A* state) {
-    for (int64_t key = 0; key < s.keys; key += this->block) {
+    for (int64_t key = 0; key < s.keys; key += kKeys) {
       const int keys = this->keys_of(s, key);
       load_keys(s, g.kv_head, key, keys);
       this->load_values(s, g.kv_head, key, keys, 0, value_dim);
