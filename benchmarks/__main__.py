@@ -47,8 +47,9 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="do not go on from an interrupted run")
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="print what changed since an earlier run")
     options = parser.parse_args()
-    if options.compare and not options.only:
-        options.only = [json.loads(options.compare.read_text())["op"]]
+    old = json.loads(options.compare.read_text()) if options.compare else None  # before it is measured again
+    if old and not options.only:
+        options.only = [old["op"]]
     if options.what in ("report", "measure"):
         names = [name for name in options.only or suite.NAMES if name not in claims]
         for name, results in suite.run(
@@ -61,8 +62,8 @@ def main() -> None:
         for name in options.only or ():
             if name in claims:
                 print(answers(claims[name], options))
-    if options.compare:
-        print(compare.table(options.compare, options.device, options.quick))
+    if old:
+        print(compare.table(old, options.device, options.quick))
     if options.what != "measure":
         from .render import render
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
@@ -40,9 +39,8 @@ def rows(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def table(old_file: Path, device: str, quick: bool) -> str:
+def table(old: dict[str, Any], device: str, quick: bool) -> str:
     """An earlier run beside the one that is kept of the same on this device."""
-    old = json.loads(old_file.read_text())
     new_file = suite.kept_file(old["op"], device, quick)
     if not new_file.exists():
         raise SystemExit(f"{new_file} does not exist: measure {old['op']} first")

@@ -6,7 +6,7 @@ import importlib
 import importlib.metadata
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +18,9 @@ from . import measure
 from .goals import Measured, Where
 
 WRONG = 0.05  # of the largest value: far beyond what a bfloat16 or a phase in float32 explains
+WRONG_OURS = 0.005  # and of ours where tensors are float32
 FIRST = 128  # queries that are compared with exact attention
+SHORT = 512  # tokens of which gradients are compared
 
 Function = Callable[..., Any]
 """Takes an operator's differentiable tensors; gives a tensor or several."""
@@ -30,6 +32,9 @@ class Inputs(Protocol):
     case: Any
     leaves: tuple[Tensor, ...]  # what the function is called with
     grads: tuple[Tensor, ...]  # gradients of what it returns
+
+    def define(self, *leaves: Tensor) -> Any:
+        """What the operator gives by its definition, of leaves in float64."""
 
 
 class Missing(Exception):
@@ -84,9 +89,24 @@ def off(out: Tensor, exact: Tensor) -> float:
     return (out[: exact.shape[0], : exact.shape[1]].double() - exact).abs().max().item() / exact.abs().max().item()
 
 
-def wrong(off: float) -> str | None:
+def wrong(off: float, most: float = WRONG) -> str | None:
     """The reason that a result which is so far off has no speed."""
-    return None if off <= WRONG else f"wrong: off by {off:.2g} of the largest value"
+    return None if off <= most else f"wrong: off by {off:.2g} of the largest value"
+
+
+def most_off(contender: Contender, x: Inputs) -> float:
+    """How far a contender may be off."""
+    return WRONG_OURS if contender.kind == "ours" and x.case.dtype == torch.float32 else WRONG
+
+
+def gradients_off(op: Any, contender: Contender, case: Any, device: str) -> float:
+    """How far its gradients are off on the first tokens of a case, over the largest value of each."""
+    x = op.Inputs(replace(case, length=min(case.length, SHORT)), device)
+    wide = [leaf.double().requires_grad_() for leaf in x.leaves]
+    exact = torch.autograd.grad(x.define(*wide), wide, [grad.double() for grad in x.grads])
+    leaves = _leaves(x)
+    found = torch.autograd.grad(contender.prepare(x)(*leaves), leaves, x.grads)
+    return max(off(*pair) for pair in zip(found, exact, strict=True))
 
 
 def softmax(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
@@ -112,8 +132,11 @@ def _call(op: Any, contender: Contender, sets: Sequence[Any]) -> Callable[[int],
         with torch.no_grad():
             exact = contender.exact
             error = op.error(function, sets[0]) if exact is None else off(function(*sets[0].leaves), exact(sets[0]))
+        if contender.kind == "ours" and sets[0].case.what != "forward":
+            device = sets[0].leaves[0].device.type
+            error = max(error, gradients_off(op, contender, sets[0].case, device))
         timed = {"forward": _forward, "backward": _backward, "both": _both}[sets[0].case.what]
-        return wrong(error) or timed(function, sets)
+        return wrong(error, most_off(contender, sets[0])) or timed(function, sets)
     except Missing as missing:
         return str(missing)
     except Exception as failure:  # one that breaks on this case, or has no room for it, is a finding

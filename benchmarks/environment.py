@@ -55,6 +55,13 @@ def cache_bytes(device: str) -> int:
     return max(_bytes(cpu.get(name, "")) for name in ("L3 cache", "L2 cache")) or 32 << 20
 
 
+def free_bytes(device: str) -> int:
+    """Of the memory that tensors are in."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def clocks(device: str) -> dict[str, float | None]:
     """Megahertz as the run begins, of the median core, and at most, as far as the device tells."""
     if device == "cuda":

@@ -124,10 +124,12 @@ class Inputs:
     @functools.cached_property
     def exact(self) -> Tensor:
         """In float64: by the reference, or if long by the chunked form."""
-        wide, normalize = [y.double() for y in self.leaves], self.case.normalize
+        return self.define(*(y.double() for y in self.leaves))
+
+    def define(self, *leaves: Tensor) -> Tensor:
         if self.case.past:
-            return reference(*wide, initial_state=(self.kv.double(), self.z.double()), return_state=True)[0]
-        return (reference if self.case.length <= 512 else chunked)(*wide, normalize=normalize)
+            return reference(*leaves, initial_state=(self.kv.double(), self.z.double()), return_state=True)[0]
+        return (reference if self.case.length <= 512 else chunked)(*leaves, normalize=self.case.normalize)
 
 
 def _ours(backend: str) -> Callable[[Inputs], Function]:

@@ -218,7 +218,7 @@ def limits(device: str) -> dict[str, Any]:
     source = torch.randn(large, device=device)
     target = torch.empty_like(source)
     calls: dict[str, Call] = {"copy": lambda _: target.copy_(source)}
-    for dtype in (torch.float32, torch.bfloat16) if device == "cuda" else (torch.float32,):  # which CPUs convert to
+    for dtype in (torch.float32, torch.bfloat16):
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         calls[str(dtype).removeprefix("torch.")] = lambda _, a=a, b=b: a @ b
     times, failed = rounds(calls, device, 1.0, Allowance(20))
@@ -232,7 +232,8 @@ def limits(device: str) -> dict[str, Any]:
 def bound(roofline: Mapping[str, Any], row: Mapping[str, Any]) -> float:
     """The least seconds of a row's bytes, that it moves, and products on a device of these limits."""
     rates = roofline["flops_per_second"]
-    rate = rates.get("bfloat16" if row["dtype"] == "float16" else row["dtype"], rates["float32"])
+    narrow = rates.get("bfloat16" if row["dtype"] == "float16" else row["dtype"], 0.0)
+    rate = max(narrow, rates["float32"])  # some CPUs convert to it
     return max(row.get("moved", row["bytes"]) / roofline["bytes_per_second"], row["flops"] / rate)
 
 

@@ -102,7 +102,8 @@ class Inputs:
         shape = (case.batch, case.length) if not case.sequences else (case.length,)
         self.q, self.k = (self._random(generator, shape, h, device) for h in (case.heads, case.kv_heads))
         self.q_out, self.k_out = torch.empty_like(self.q), torch.empty_like(self.k)
-        self.leaves, self.grads = (self.q, self.k), (self.q_out, self.k_out)
+        self.leaves = (self.q, self.k)
+        self.grads = tuple(self._random(generator, shape, h, device) for h in (case.heads, case.kv_heads))
         self.cu_seqlens = None
         longest = case.length
         if case.sequences:
@@ -115,8 +116,11 @@ class Inputs:
 
     @functools.cached_property
     def exact(self) -> tuple[Tensor, Tensor]:
-        wide = (t.double() for t in (self.q, self.k, self.cos, self.sin))
-        return reference(*wide, interleaved=self.case.interleaved, cu_seqlens=self.cu_seqlens)
+        return self.define(*(t.double() for t in self.leaves))
+
+    def define(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        tables = (self.cos.double(), self.sin.double())
+        return reference(q, k, *tables, interleaved=self.case.interleaved, cu_seqlens=self.cu_seqlens)
 
     def _random(self, generator: torch.Generator, rows: tuple[int, ...], heads: int, device: str) -> Tensor:
         shape = (*rows, heads, self.case.head_dim)

@@ -9,7 +9,6 @@ import functools
 import json
 import math
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -60,7 +59,7 @@ OPERATORS = {
 
 def entered(contenders: Sequence[contest.Contender], compiled: bool) -> list[contest.Contender]:
     """Those that compile last, or not at all."""
-    compiles = {c.name: bool(re.search("torch.compile|FlexAttention", c.name)) for c in contenders}
+    compiles = {c.name: bool("torch.compile" in c.name) for c in contenders}
     return sorted((c for c in contenders if compiled or not compiles[c.name]), key=lambda c: compiles[c.name])
 
 
@@ -172,9 +171,12 @@ def memory(op: Any, case: Any, device: str, compiled: bool, allowed: float) -> l
 
 def _held(contender: contest.Contender, inputs: Any, device: str) -> dict[str, int | None]:
     function = contender.prepare(inputs)
-    peak, saved = measure.peak_bytes(lambda: function(*inputs.leaves), device), None
+    leaves, saved = [x.detach().requires_grad_() for x in inputs.leaves], None
+    if inputs.case.what == "both":
+        peak = measure.peak_bytes(lambda: torch.autograd.grad(function(*leaves), leaves, inputs.grads), device)
+    else:
+        peak = measure.peak_bytes(lambda: function(*inputs.leaves), device)
     if "in place" not in contender.name:
-        leaves = [x.detach().requires_grad_() for x in inputs.leaves]
         saved = measure.saved_bytes(lambda: function(*leaves), leaves)
     return {"peak": peak, "saved": saved}
 
@@ -226,8 +228,7 @@ def operator_steps(op: Any, name: str, device: str, quick: bool) -> Iterator[Ste
     yield Step("roofline", "copy and products", lambda _: measure.limits(device), 1)
     for where, chosen, budget in (("timings", cases, seconds), ("growth", sweep, short), ("shared", shared, short)):
         for case in chosen:
-            plain = where == "growth" and not case.name.count(",") and case.length in COMPILED
-            compiled = not quick and (where == "timings" or plain)
+            compiled = not quick and (where == "timings" or (where == "growth" and case.length in COMPILED))
             find = functools.partial(timings, op, case, device, budget, quick, compiled=compiled)
             imports = (4 if quick else 10) if case == cases[0] and where == "timings" else 0  # of peers, once
             expected = 2 * budget + imports + (1 if quick else 10 if compiled else 2) + calling(case, device)

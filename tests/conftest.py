@@ -98,7 +98,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept = _dealt_out(items)
         config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
         items[:] = kept
-    items.sort(key=lambda item: "test_csrc" not in item.nodeid)
+    longest = ("test_csrc", "test_codegen")
+    items.sort(key=lambda item: next((n for n, name in enumerate(longest) if name in item.nodeid), len(longest)))
 
 
 @pytest.fixture(autouse=True)

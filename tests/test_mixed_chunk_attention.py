@@ -339,9 +339,13 @@ def test_long_sequences_take_little(lane: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.rand(1, 60000, 1, 8, generator=generator).to(lane.device) for _ in range(3))
     o = attend(q, k, q, k, v, chunk_size=32, causal=True, backend=lane.backend)
-    q, k, v = (x[0, :, 0].double() for x in (q, k, v))
-    expected = relu2(q[-32:] @ k[-32:].T / 8**0.5).tril() / 32 @ v[-32:] + q[-32:] @ (k[:-32].T @ v[:-32]) / 59968
-    torch.testing.assert_close(o[0, -32:, 0].double(), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+    def last_rows(dtype: torch.dtype) -> Tensor:
+        q_, k_, v_ = (x[0, :, 0].to(dtype) for x in (q, k, v))
+        local = relu2(q_[-32:] @ k_[-32:].T / 8**0.5).tril() / 32 @ v_[-32:]
+        return local + q_[-32:] @ (k_[:-32].T @ v_[:-32]) / 59968
+
+    assert_within_budget(o[0, -32:, 0], last_rows(torch.float64), last_rows(torch.float32), "the last rows")
 
 
 @pytest.mark.parametrize("causal", [False, True])

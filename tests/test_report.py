@@ -29,6 +29,7 @@ from benchmarks.claims import OPEN, all_claims, cost
 from benchmarks.claims.cost import flops
 from benchmarks.claims.evidence import Evidence
 from benchmarks.environment import ROOT
+from kx_kernels._core import dispatch
 from kx_kernels._core.spec import all_specs
 from kx_kernels.testing.metering import metered
 
@@ -186,8 +187,8 @@ def test_nystrom_grows_linearly_beside_its_inverse() -> None:
 
 def test_counted_crossovers() -> None:
     """The lengths that the claims are about, from torch's own counter."""
-    assert cost.counted_feed_forward().endswith("832, 1,600, 2,112")  # the first multiple of 64 beyond 2H
-    assert cost.counted_mixing().endswith("2,368, 4,672, 6,208")  # beyond 6H
+    assert cost.counted_feed_forward().endswith("768, 1,536, 2,048")  # 2H
+    assert cost.counted_mixing().endswith("2,304, 4,608, 6,144")  # 6H
 
 
 def noisy(law: Callable[[int], float], sizes: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)) -> fits.Times:
@@ -550,13 +551,47 @@ def test_a_row_is_held_against_what_the_device_allows() -> None:
     assert measure.bound(roofline, {"bytes": 1e3, "flops": 3e12, "dtype": "bfloat16"}) == 3
 
 
+def doubled(out: torch.Tensor) -> torch.Tensor:
+    """The same numbers, with gradients twice as large."""
+    return out.detach() + 2 * (out - out.detach())
+
+
+@pytest.mark.parametrize("what", ["forward", "both"])
+def test_wrong_gradients_have_no_speed(what: str) -> None:
+    op: Any = importlib.import_module("benchmarks.gau_attention")
+    inputs = [op.Inputs(replace(op.BASE, length=64, what=what), "cpu")]
+    ours = next(c for c in op.CONTENDERS if c.name == "kx reference")
+    wrong = replace(ours, prepare=lambda x: lambda *leaves: doubled(ours.prepare(x)(*leaves)))
+    (_, right), (_, found) = contest.calls(op, inputs, [ours, wrong])
+    assert not isinstance(right, str)
+    assert isinstance(found, str) == (what == "both")
+    assert not isinstance(found, str) or found.startswith("wrong: off by")
+
+
+def test_parts_with_wrong_gradients_have_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    part = layers.find("mixing", "linear attention", "ours")
+    assert part is not None
+
+    def broken(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out = layers.linear_ours(q, k, v)
+        return out if dispatch.requested(None) == "reference" else doubled(out)
+
+    monkeypatch.setattr(layers, "parts", lambda: [replace(part, build=lambda _: broken)])
+    for cache in (layers.outputs_off, layers.gradients_off):
+        cache.cache_clear()
+    assert layers.outputs_off("mixing", "linear attention", "ours", 64, "cpu") < 1e-4
+    assert layers.gradients_off("mixing", "linear attention", "ours", 64, "cpu") > 0.4
+    for cache in (layers.outputs_off, layers.gradients_off):
+        cache.cache_clear()
+
+
 def test_parts_without_room_or_with_wrong_results_have_rows_without_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [layers.find("mixing", "attention", by) for by in ("eager", "fused")]
     bad = [replace(parts[0], build=lambda _: no_room), replace(parts[0], by="fused", build=lambda _: lambda q, k, v: q)]
     monkeypatch.setattr(layers, "parts", lambda: [parts[0], bad[1]])
-    layers.error.cache_clear()
+    layers.outputs_off.cache_clear()
     rows = layers.times([bad[0], bad[1], parts[0]], 64, 128, "forward", "cpu", 0.01, 60)
-    layers.error.cache_clear()
+    layers.outputs_off.cache_clear()
     assert ["seconds" in row for row in rows] == [False, False, True]
     assert rows[0]["reason"] == "OutOfMemoryError: no room for 9 GB"
     assert rows[1]["reason"].startswith("wrong: off by")
@@ -570,7 +605,7 @@ def test_parts_without_room_or_with_wrong_results_have_rows_without_speed(monkey
 )
 def test_parts_compute_what_they_are_named(part: layers.Part) -> None:
     try:
-        error = layers.error(part.level, part.name, part.by, 128, "cpu")
+        error = layers.outputs_off(part.level, part.name, part.by, 128, "cpu")
     except contest.Missing as missing:  # a peer
         pytest.skip(str(missing))
     assert error < (0.2 if part.by == "performer-pytorch" else 1e-4)  # which adds 1e-4 to its features
@@ -598,6 +633,31 @@ def test_kept_results_are_as_their_schema_says(file: Path) -> None:
     del broken["environment"]
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(broken, schema)
+
+
+def test_the_kept_run_is_read_before_it_is_measured_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks import __main__ as command
+
+    file = tmp_path / "rope.json"
+
+    def write(median: float) -> None:
+        seconds = {"median": median, "low": 0.9 * median, "high": 1.1 * median}
+        rows = [{"case": "x", "contender": "kx cpu", "seconds": seconds}]
+        environment = {"device": "a device", "commit": None}
+        file.write_text(json.dumps({"op": "rope", "environment": environment, "timings": rows}))
+
+    def run(*_: Any) -> dict[str, Any]:
+        write(2.0)
+        return {}
+
+    write(1.0)
+    monkeypatch.setattr(suite, "kept_file", lambda *_: file)
+    monkeypatch.setattr(suite, "run", run)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "measure", "--compare", str(file)])
+    command.main()
+    assert capsys.readouterr().out.split()[-3:] == ["2.00", "(1.64–2.44)", "slower"]
 
 
 def test_comparing_two_runs() -> None:

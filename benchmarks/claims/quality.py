@@ -379,7 +379,7 @@ CLAIMS = [
     ),
     Claim(
         "D2",
-        "RoPE's scores decay with distance.",
+        "The bound on RoPE's scores decays with distance (and, as it is often read, so do the scores).",
         "K8265",
         "the bound 32.5, 13.4 at 32, 5.3 at 512",
         ("decay", "real_decay"),
