@@ -55,6 +55,11 @@ def cache_bytes(device: str) -> int:
     return max(_bytes(cpu.get(name, "")) for name in ("L3 cache", "L2 cache")) or 32 << 20
 
 
+def multiplies_bfloat16(device: str) -> bool:
+    """Whether there are instructions for it; a CPU without them converts to float32."""
+    return device == "cuda" or bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", _cpu().get("Flags", "")))
+
+
 def free_bytes(device: str) -> int:
     """Of the memory that tensors are in."""
     if device == "cuda":

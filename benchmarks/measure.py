@@ -24,6 +24,7 @@ from torch import Tensor
 from kx_kernels._core import native
 
 from . import units
+from .environment import multiplies_bfloat16
 
 PRECISION = 0.02  # relative error of a median that is enough
 ROUNDS = 3  # at least, of whatever has times
@@ -218,7 +219,7 @@ def limits(device: str) -> dict[str, Any]:
     source = torch.randn(large, device=device)
     target = torch.empty_like(source)
     calls: dict[str, Call] = {"copy": lambda _: target.copy_(source)}
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16) if multiplies_bfloat16(device) else (torch.float32,):
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         calls[str(dtype).removeprefix("torch.")] = lambda _, a=a, b=b: a @ b
     times, failed = rounds(calls, device, 1.0, Allowance(20))
@@ -232,8 +233,7 @@ def limits(device: str) -> dict[str, Any]:
 def bound(roofline: Mapping[str, Any], row: Mapping[str, Any]) -> float:
     """The least seconds of a row's bytes, that it moves, and products on a device of these limits."""
     rates = roofline["flops_per_second"]
-    narrow = rates.get("bfloat16" if row["dtype"] == "float16" else row["dtype"], 0.0)
-    rate = max(narrow, rates["float32"])  # some CPUs convert to it
+    rate = rates.get("bfloat16" if row["dtype"] == "float16" else row["dtype"], rates["float32"])
     return max(row.get("moved", row["bytes"]) / roofline["bytes_per_second"], row["flops"] / rate)
 
 
