@@ -218,11 +218,15 @@ def _hugging_face(x: Inputs) -> Function:
         num_attention_heads=case.heads,
         num_landmarks=case.landmarks,
         segment_means_seq_len=case.length,
-        conv_kernel_size=KERNEL if case.convolution else None,
+        conv_kernel_size=KERNEL,
         attention_probs_dropout_prob=0.0,
     )
     layer = module.NystromformerSelfAttention(config).to(x.leaves[0].device, case.dtype)
     layer.query, layer.key, layer.value = _Given(), _Given(), _Given()
+    if x.weight is None:
+        layer.conv_kernel_size = None  # which its configuration does not take
+    else:
+        layer.conv.weight = nn.Parameter(x.weight[:, None, :, None])
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         for name, y in (("query", q), ("key", k), ("value", v)):
@@ -245,6 +249,8 @@ def _lucidrains(x: Inputs) -> Function:
         residual_conv_kernel=KERNEL,
     ).to(x.leaves[0].device, case.dtype)
     layer.to_qkv, layer.to_out = _Given(), nn.Identity()
+    if x.weight is not None:
+        layer.res_conv.weight = nn.Parameter(x.weight[:, None, :, None])
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         layer.to_qkv.value = torch.cat([y.flatten(2) for y in (q, k, v)], -1)

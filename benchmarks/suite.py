@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -58,8 +59,8 @@ OPERATORS = {
 
 
 def entered(contenders: Sequence[contest.Contender], compiled: bool) -> list[contest.Contender]:
-    """Those that compile last, or not at all."""
-    compiles = {c.name: bool("torch.compile" in c.name) for c in contenders}
+    """Those that compile, or trace as FlexAttention does, last or not at all."""
+    compiles = {c.name: bool(re.search("torch.compile|FlexAttention", c.name)) for c in contenders}
     return sorted((c for c in contenders if compiled or not compiles[c.name]), key=lambda c: compiles[c.name])
 
 
