@@ -42,6 +42,12 @@ SHORT = (32, 64)  # of mixing alone, where linear attention should begin to win
 COMPAT = "kx_kernels.compat."
 ROOM = 0.5  # of free memory, that scores which are kept may take: beyond, a row says that there is none
 
+
+def dtype_of(device: str) -> torch.dtype:
+    """What layers compute in: on a GPU what fused attention takes there."""
+    return torch.bfloat16 if device == "cuda" else torch.float32
+
+
 Mix = Callable[..., Tensor]
 
 
@@ -217,7 +223,7 @@ class Part:
             function = self.build(width)
         if not isinstance(function, nn.Module):
             return function, []
-        return function.to(device).eval(), list(function.parameters())
+        return function.to(device, dtype_of(device)).eval(), list(function.parameters())
 
     def shapes(self, width: int, length: int) -> list[tuple[int, ...]]:
         """Of its inputs, the last of which is as large as its output."""
@@ -229,14 +235,15 @@ class Part:
 
     def inputs(self, width: int, length: int, device: str, gradient: bool = False, seed: int = 0) -> list[Tensor]:
         generator = torch.Generator().manual_seed(SETS * length + seed)
-        made = [torch.randn(shape, generator=generator).to(device) for shape in self.shapes(width, length)]
+        shapes, dtype = self.shapes(width, length), dtype_of(device)
+        made = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
         return [x.requires_grad_(gradient) for x in made]
 
     def missing(self, width: int, length: int, what: str, device: str) -> str | None:
         copies = 3 if what == "both" else 2
         heads = 1 if self.gated else width // HEAD_DIM
         wide = HEAD_DIM if self.by == "every state" else length
-        if self.kept * copies * heads * length * wide * 4 > ROOM * free_bytes(device):
+        if self.kept * copies * heads * length * wide * dtype_of(device).itemsize > ROOM * free_bytes(device):
             return "what it keeps has no room"
         return f"its eager form takes multiples of {self.multiple} tokens" if length % self.multiple else None
 
@@ -487,7 +494,7 @@ def gradients_off(level: str, name: str, by: str, width: int, device: str) -> fl
 def call(part: Part, width: int, length: int, what: str, device: str) -> Callable[[int], object]:
     """One pass; `what`: "forward" or "both". Missing, if its result is wrong."""
     function, weights = part.made(width, device)
-    size = 4 * sum(map(math.prod, part.shapes(width, length)))
+    size = dtype_of(device).itemsize * sum(map(math.prod, part.shapes(width, length)))
     count = max(1, min(SETS, math.ceil(4 * cache_bytes(device) / size)))
     sets = [part.inputs(width, length, device, what == "both", seed) for seed in range(count)]
     if part.by == "torch.compile":
@@ -524,7 +531,7 @@ def counted(part: Part, width: int, length: int) -> int:
     return counter.get_total_flops()
 
 
-def work(part: Part, width: int, length: int, what: str) -> dict[str, Any]:
+def work(part: Part, width: int, length: int, what: str, device: str) -> dict[str, Any]:
     """The products of the eager form, and bytes of inputs, weights and output once each; thrice with gradients.
 
     Nothing where there is no eager form. With landmarks as many as tokens, ours is exact attention.
@@ -536,8 +543,9 @@ def work(part: Part, width: int, length: int, what: str) -> dict[str, Any]:
         return {}
     shapes, weights = part.shapes(width, length), eager.made(width, "meta")[1]
     values = sum(math.prod(s) for s in (*shapes, shapes[-1], *(w.shape for w in weights)))
-    passes = 3 if what == "both" else 1
-    return {"flops": passes * counted(eager, width, length), "bytes": passes * 4 * values, "dtype": "float32"}
+    passes, dtype = 3 if what == "both" else 1, dtype_of(device)
+    moved = passes * dtype.itemsize * values
+    return {"flops": passes * counted(eager, width, length), "bytes": moved, "dtype": str(dtype).removeprefix("torch.")}
 
 
 def version(by: str) -> str:
@@ -567,7 +575,7 @@ def times(
     calls: dict[str, Callable[[int], object]] = {}
     found: list[dict[str, Any]] = []
     for part in chosen:
-        counts = work(part, width, length, what)
+        counts = work(part, width, length, what, device)
         least_seconds = measure.bound(measure.limits(device), counts) if counts else 0.0
         why = part.missing(width, length, what, device) or ready.refused() or allowance.refused(least_seconds)
         if why is None:
@@ -657,9 +665,9 @@ def decoding(length: int, device: str, seconds: float, allowed: float) -> list[d
 def _decoding(
     batch: int, suffix: str, length: int, device: str, seconds: float, allowed: float
 ) -> list[dict[str, Any]]:
-    heads = 12
-    q, k, v = (torch.randn(batch, 1, heads, HEAD_DIM, device=device) for _ in range(3))
-    keys, values = (torch.randn(batch, length, heads, HEAD_DIM, device=device) for _ in range(2))
+    heads, dtype = 12, dtype_of(device)
+    q, k, v = (torch.randn(batch, 1, heads, HEAD_DIM, device=device, dtype=dtype) for _ in range(3))
+    keys, values = (torch.randn(batch, length, heads, HEAD_DIM, device=device, dtype=dtype) for _ in range(2))
     kv = torch.rand(batch, heads, HEAD_DIM, HEAD_DIM, device=device)
     z = length * torch.rand(batch, heads, HEAD_DIM, device=device)
 
@@ -682,7 +690,8 @@ def _decoding(
         state: {"bytes": kept, "moved": 2 * kept, "flops": 4 * kv.numel()},
     }
     rows = _named({attention: cached, state: recurrent}, errors, device, seconds, allowed)
-    return [row | {"length": length, "dtype": "float32"} | numbers[row["name"]] for row in rows]
+    name = str(dtype).removeprefix("torch.")
+    return [row | {"length": length, "dtype": name} | numbers[row["name"]] for row in rows]
 
 
 def rotary(device: str, seconds: float, quick: bool, allowed: float) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import signal
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -153,6 +153,7 @@ def rounds(
     least: int = 7,
     most: int = 60,
     seed: int = 0,
+    needed: Collection[str] = (),
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Each contender's seconds per call, one number per round, and why others have none.
 
@@ -166,6 +167,7 @@ def rounds(
         allowance: what everything may take, calls before anything counts included.
         least, most: rounds, however well medians are known; but ROUNDS, where they take four times those seconds.
         seed: of the order in a round.
+        needed: those that are left out after all others.
     """
     clock: Any = _CudaClock() if device == "cuda" else _CpuClock()
     calls: dict[str, int] = {}
@@ -194,7 +196,8 @@ def rounds(
             calls[name] = max(1, min(1000, int(2e-3 / max(once, 1e-7)))) if device == "cpu" else 1
             lasts[name], times[name] = calls[name] * once, []
     while times and ROUNDS * sum(lasts[name] for name in times) > allowance.left:
-        slowest = max(times, key=lambda name: lasts[name])
+        others = [name for name in times if name not in needed]
+        slowest = max(others or times, key=lambda name: lasts[name])
         failed[slowest] = f"a call takes {units.time(lasts[slowest])}, for which no time was left"
         del times[slowest]
     generator, begin, turn = random.Random(seed), time.perf_counter(), 0

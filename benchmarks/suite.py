@@ -113,7 +113,9 @@ def timings(
             missing[contender.name] = call
         else:
             contenders[contender.name] = call
-    rounds, failed = measure.rounds(contenders, device, seconds, allowance.once_ready(), least=3 if quick else 7)
+    needed = {op.LIMIT, *(c.name for c in mine if re.fullmatch("kx (cpu|cuda|triton)|.*torch eager", c.name))}
+    least = 3 if quick else 7
+    rounds, failed = measure.rounds(contenders, device, seconds, allowance.once_ready(), least, needed=needed)
     missing |= failed
     if op.LIMIT not in rounds:  # of which all others are a fraction
         missing |= dict.fromkeys(rounds, f"{op.LIMIT}: {failed[op.LIMIT]}")
@@ -233,6 +235,7 @@ def operator_steps(op: Any, name: str, device: str, quick: bool) -> Iterator[Ste
             find = functools.partial(timings, op, case, device, budget, quick, compiled=compiled)
             imports = (4 if quick else 10) if case == cases[0] and where == "timings" else 0  # of peers, once
             expected = 2 * budget + imports + (1 if quick else 10 if compiled else 2) + calling(case, device)
+            expected *= 2 if where == "timings" else 1  # which goals are about
             yield Step(where, case.name, find, expected)
     yield Step("host", "host time", lambda _: host_times(op, device, quick), 2 if quick else 15)
     for case in measured:

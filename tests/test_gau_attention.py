@@ -324,19 +324,67 @@ def test_half_holds_every_score(lane: Any, size: float) -> None:
         assert same_bits(a, b)
 
 
-@pytest.mark.parametrize("n", [512, 513, 640, 641, 1000])
-def test_many_tiles(lane: Any, n: int) -> None:
+@pytest.mark.parametrize("size", [2.0**-10, 2.0**-4, 2.0**8])
+def test_half_holds_gradients_of_every_score(lane: Any, size: float) -> None:
+    """Those of q and k are as much larger as these are smaller, but for what float16 drops below 2⁻²⁵."""
+    q, k, v, gate = ((8 * x).round().half() / 8 for x in inputs(lane))
+    found = []
+    for s in (1.0, size):
+        leaves = [x.requires_grad_() for x in (q * s, k * s)]
+        out = attend(*leaves, v, gate, causal=True, normalizer=s**4, backend=lane.backend)
+        grads = torch.autograd.grad(out, leaves, torch.full_like(out, 2.0**-6))  # which float16 holds s times smaller
+        found.append([grad.double() * s for grad in grads])
+    for a, b in zip(*found, strict=True):
+        assert a.abs().max() > 0.05
+        assert (a - b).abs().max() <= 2.0**-25 * (1 + size)
+
+
+def test_second_derivatives_of_relu2(lane: Any) -> None:
+    """Where scores are away from 0, at which they jump."""
+    if lane.device != "cpu" or lane.slow:
+        pytest.skip("they are those of the reference")
+    made = torch.Generator().manual_seed(0)
+    leaves = [1 + torch.rand(1, 4, 1, d, generator=made, dtype=torch.float64) for d in (3, 3, 2, 2)]
+    signs = torch.tensor([1.0, -1.0, 1.0, 1.0], dtype=torch.float64)[:, None, None]
+    q, k, v, gate = (x.requires_grad_() for x in (leaves[0] * signs, *leaves[1:]))
+    assert torch.autograd.gradgradcheck(lambda *x: attend(*x, causal=True, backend=lane.backend), (q, k, v, gate))
+
+
+@pytest.mark.parametrize("how_normal", ["visible", "sum"])
+def test_saves_rows_beside_inputs(lane: Any, how_normal: str) -> None:
+    """For the backward pass: what was before the gate, a factor or a sum by row, and nothing of pairs."""
+
+    def beside_inputs(length: int) -> int:
+        """Bytes."""
+        leaves = [x.requires_grad_() for x in inputs(lane, length, batch=1)]
+        saved: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+            attend(*leaves, causal=True, normalizer=how_normal, backend=lane.backend)
+        addresses = {x.data_ptr() for x in leaves}
+        return sum(x.untyped_storage().nbytes() for x in saved if x.data_ptr() not in addresses)
+
+    row = 4 * (24 + 1)
+    assert [beside_inputs(n) for n in (30, 60)] == [30 * row, 60 * row]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("n", "key_dim", "value_dim"), [(512, 128, 768), (513, 64, 1537), (640, 128, 64), (641, 32, 512), (1000, 128, 1536)]
+)
+def test_many_tiles(lane: Any, n: int, key_dim: int, value_dim: int, causal: bool) -> None:
     if lane.backend == "triton" and lane.slow:
         pytest.skip("takes minutes")
+    if lane.slow:
+        key_dim, value_dim = 32, 72  # or it takes minutes
     dtype = torch.bfloat16 if lane.slow else torch.float32
     made = torch.Generator().manual_seed(n)
-    sizes = (32, 32, 72, 72)
+    sizes = (key_dim, key_dim, value_dim, value_dim)
     leaves = [torch.randn(1, n, 1, d, generator=made).to(lane.device, dtype).requires_grad_() for d in sizes]
-    weight = torch.randn(1, n, 1, 72, generator=made).to(lane.device)
+    weight = torch.randn(1, n, 1, value_dim, generator=made).to(lane.device)
 
     def results(function: Any, to: torch.dtype, **how: Any) -> list[Tensor]:
         own = [x.detach().to(to).requires_grad_() for x in leaves]
-        out = function(*own, causal=True, **how)
+        out = function(*own, causal=causal, **how)
         return [out.detach(), *torch.autograd.grad(out, own, weight.to(to))]
 
     ours = results(attend, dtype, backend=lane.backend)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -73,6 +73,15 @@ def stay(call: Call, blocks: int) -> Tensor:
     return out
 
 
+def in_panels(call: Call, workspace: int) -> Tensor:
+    """The call's output where scores leave the chip for so many bytes."""
+    off_chip = mock.patch.object(_native, "_slices_on_chip", return_value=0)
+    with shared_by(0), off_chip, launches() as names, poisoned_allocation():
+        out = kx.gau_attention(**call, workspace=workspace, backend="cuda")
+    assert names == ["gau_attention_cuda"]
+    return out
+
+
 def with_garbage(call: Call) -> Call:
     """NaN in what is padding."""
     call = dict(call)
@@ -82,8 +91,8 @@ def with_garbage(call: Call) -> Call:
     return call
 
 
-def assert_right(call: Call, dtype: torch.dtype, blocks: int) -> None:
-    out = stay(with_garbage(call), blocks)
+def assert_right(call: Call, dtype: torch.dtype, run: Callable[[Call], Tensor]) -> None:
+    out = run(with_garbage(call))
 
     def compute(function: Any, c: Call) -> list[Tensor]:
         return [function(**c)]
@@ -106,7 +115,20 @@ def sizes() -> list[Any]:
 @pytest.mark.parametrize(("dtype", "n", "e", "form", "blocks"), sizes())
 def test_scores_stay(lane: Any, dtype: torch.dtype, n: int, e: int, form: str, blocks: int) -> None:
     case = replace(FORMS[form], queries=n, value_dim=e)
-    assert_right(make(case, dtype, torch.device(lane.device), n), dtype, blocks)
+    assert_right(make(case, dtype, torch.device(lane.device), n), dtype, functools.partial(stay, blocks=blocks))
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(200, 200), (129, 300)])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", LENGTHS, ids=str)
+def test_scores_in_panels(lane: Any, dtype: torch.dtype, form: str, queries: int, keys: int) -> None:
+    """Of values wide and narrow; in as many passes as there are tiles, or in one: the same bits."""
+    for value_dim, key_dim in ((300, CASE.key_dim), (65, 33)):
+        case = replace(FORMS[form], queries=queries, keys=keys, value_dim=value_dim, key_dim=key_dim)
+        call = make(case, dtype, torch.device(lane.device), keys)
+        assert_right(call, dtype, functools.partial(in_panels, workspace=64 << 20))
+        call = with_garbage(call)
+        assert same_bits(in_panels(call, 0), in_panels(call, 64 << 20))
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(1, 190), (130, 70), (70, 190), (190, 1), (200, 65)])
@@ -116,7 +138,7 @@ def test_other_keys_than_queries(lane: Any, dtype: torch.dtype, queries: int, ke
     for causal in (False, True):
         case = replace(FORMS["padding"], queries=queries, keys=keys, value_dim=600, heads=2, causal=causal)
         call = make(case, dtype, torch.device(lane.device), keys)
-        assert_right(call, dtype, 3)
+        assert_right(call, dtype, functools.partial(stay, blocks=3))
         out = stay(with_garbage(call), 2)
         assert not out[-1].any()
         assert not out[:, : max(0, queries - keys) if causal else 0].any()
@@ -139,7 +161,7 @@ def test_clusters_without_wgmma(lane: Any, n: int) -> None:
     for form, e in (("plain", 600), ("causal_padding", 1537)):
         call = make(replace(FORMS[form], queries=n, value_dim=e), torch.bfloat16, torch.device("cpu"), n)
         with emulated_cuda(wgmma=False, clusters=True):
-            assert_right(call, torch.bfloat16, 2)
+            assert_right(call, torch.bfloat16, functools.partial(stay, blocks=2))
 
 
 @pytest.mark.parametrize(

@@ -433,6 +433,8 @@ def test_slow_calls_are_left_out_where_time_is_short() -> None:
     assert list(failed) == ["slower"]
     assert "for which no time was left" in failed["slower"]
     assert measure.rounds(calls, "cpu", 0.1, measure.Allowance(0))[0] == {}
+    times, failed = measure.rounds(calls, "cpu", 0.1, measure.Allowance(2.1), least=3, needed=["slower"])
+    assert set(times) == {"fast", "slower"}
 
 
 def test_what_cannot_be_fast_enough_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -490,7 +492,7 @@ def test_every_time_has_its_roofline() -> None:
     roofline = {"bytes_per_second": 1e9, "flops_per_second": {"float32": 1e9}}
     rows = [*layers.decoding(64, "cpu", 0.01, 60), *layers.rotary("cpu", 0.01, True, 60)]
     some = {(p.level, p.name): p for p in layers.parts() if p.by == "ours" and "causal" not in p.name}
-    rows += [layers.work(p, 128, 128, "forward") | {"seconds": {"median": 1.0}} for p in some.values()]
+    rows += [layers.work(p, 128, 128, "forward", "cpu") | {"seconds": {"median": 1.0}} for p in some.values()]
     assert all(suite._bounded(row, roofline)["of_bound"] > 0 for row in rows)
     check_schema(decoding=rows[:4], rotary=rows[4:9])
 
@@ -549,6 +551,20 @@ def test_a_row_is_held_against_what_the_device_allows() -> None:
     roofline = {"bytes_per_second": 1e9, "flops_per_second": {"float32": 1e12}}
     assert measure.bound(roofline, {"bytes": 1e9, "flops": 1e9, "dtype": "float32"}) == 1
     assert measure.bound(roofline, {"bytes": 1e3, "flops": 3e12, "dtype": "bfloat16"}) == 3
+
+
+@pytest.mark.parametrize("name", list(suite.OPERATORS))
+def test_no_contender_is_wrong(name: str) -> None:
+    """On the first tokens of every case of a CPU: where a report says so, it is about the contender, not its call."""
+    op = suite.OPERATORS[name]
+    for case in op.cases("cpu"):
+        short = replace(case, length=min(case.length, 512), **({"past": 40} if getattr(case, "past", 0) else {}))
+        entered = [c for c in suite.entered(op.contenders(case), False) if c.name != "kx triton"]  # interpreted here
+        for contender, call in contest.calls(op, [op.Inputs(short, "cpu")], entered):
+            if isinstance(call, str):
+                found = f"{case.name}, {contender.name}: {call}"
+                assert not call.startswith("wrong"), found
+                assert not call.startswith("fails") or contender.package != "torch", found
 
 
 def doubled(out: torch.Tensor) -> torch.Tensor:
@@ -613,6 +629,18 @@ def test_parts_compute_what_they_are_named(part: layers.Part) -> None:
 
 @pytest.mark.parametrize(
     "part",
+    [p for p in layers.parts() if p.by in ("eager", "fused", "ours")],
+    ids=lambda p: f"{p.level}-{p.name}-{p.by}",
+)
+def test_parts_compute_so_in_bfloat16(part: layers.Part, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they do on a GPU."""
+    monkeypatch.setattr(layers, "dtype_of", lambda device: torch.bfloat16)
+    which = (part.level, part.name, part.by, 128, "cpu")
+    assert max(layers.outputs_off.__wrapped__(*which), layers.gradients_off.__wrapped__(*which)) < contest.WRONG
+
+
+@pytest.mark.parametrize(
+    "part",
     [p for p in layers.parts() if p.by != "torch.compile" and p.exact is None],
     ids=lambda p: f"{p.level}-{p.name}-{p.by}",
 )
@@ -670,3 +698,12 @@ def test_comparing_two_runs() -> None:
     found = compare.rows(run(1.0, 1.0, 1.0), run(1.1, 2.0, 0.5))
     assert [r["change"] for r in found] == ["within noise", "slower", "faster"]
     assert found[1]["ratio"] == 2.0
+
+
+def test_the_readme_has_the_verdicts_of_what_is_kept(tmp_path: Path) -> None:
+    """`python -m benchmarks picture` writes them."""
+    from benchmarks import picture
+
+    readme = tmp_path / "README.md"
+    readme.write_text((ROOT / "README.md").read_text())
+    assert picture.verdicts(readme).read_text() == (ROOT / "README.md").read_text()

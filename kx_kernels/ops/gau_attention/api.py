@@ -71,7 +71,9 @@ def gau_attention(
     Args:
         causal: a query sees no key after it.
         preset: the formula of an implementation: "su" or "bert4keras", "gau_alpha", "flash" (FLASH-pytorch), "mega",
-            "rtmpose" or "hstu". It stands for the four arguments below where they are None.
+            "rtmpose" or "hstu". It stands for the four arguments below where they are None. Those of "flash" and "hstu"
+            divide by the length, padding included; HSTU itself divides by one number for all sequences: give it as
+            `normalizer`.
         activation: f: "relu2", "relu", "silu", "sigmoid", "laplace" or "identity"; "softmax" and "softmax_plus" are
             served by torch's scaled_dot_product_attention, with n_q × n_k masks, no normalizer and no other backend.
         scale: a: a number, "dim" (1/√s), "length" (1/n_k), "valid" (1 / keys of the sequence that are no padding),
