@@ -278,7 +278,7 @@ def layer_steps(device: str, quick: bool) -> Iterator[Step]:
     parts = [p for p in layers.parts() if not quick or p.usual]
     for n in (1024,) if quick else (1024, 4096):
         find = functools.partial(layers.memory, parts, base, n, device)
-        yield Step("memory", f"memory, n = {n}", find, n / 200)
+        yield Step("memory", f"memory, n = {n}", find, n / 80)
     for n in (256, 512, 1024, 2048):
         find = functools.partial(layers.training, base, n, device)
         yield Step("training", f"memory of training, n = {n}", find, n / 500)

@@ -22,7 +22,8 @@ from benchmarks import figures, models, picture, render, sections, suite, units
 from benchmarks.claims import HOLDS, all_claims
 from benchmarks.environment import ROOT
 
-KEPT = sorted((ROOT / "benchmarks" / "results").glob("*/*.json"))
+OF_DEVICES = [sorted(folder.glob("*.json")) for folder in (ROOT / "benchmarks" / "results").glob("*/")]
+KEPT = max(OF_DEVICES, key=len, default=[])  # of the device with the most of them
 NOT_KEPT = "no run of the layers is kept"
 pytestmark = pytest.mark.xdist_group("the page of the report")  # drawn once
 LIGHT, DARK = "#ffffff", "#111827"  # the page
@@ -88,6 +89,9 @@ def test_whole_layers_are_drawn(results: Path) -> None:
         "Layers, width 384, forward", "Layers, width 1024, forward", "Layers, width 768, forward and backward",
         "Memory of layers", "Decoding, time per token", "Decoding, memory", "Rotary embedding",
     ):  # fmt: skip
+        if title == "Memory of layers" and title not in drawn:  # where no time was left for it
+            assert not any("peak" in r for r in best["layers"]["memory"] if r["level"] == "layer")
+            continue
         assert drawn[title].see
         assert drawn[title].rows
     times = {(r["name"], r["by"]): r["seconds"]["median"] for r in best["layers"]["times"]
