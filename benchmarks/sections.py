@@ -160,15 +160,16 @@ def layer_times(results: Results, level: str, width: int, what: str) -> Figure |
     """Times of mixing, or of layers with their feed-forward layer; None where no two lengths were measured."""
     key = (level, width, what)
     rows = [r for r in measured(results["times"]) if (r["level"], r["width"], r["what"]) == key]
-    forward = {r["length"]: r for r in rows if r["name"] == "feed-forward"}
+    forward = {(r["length"], r["by"]): r for r in rows if r["name"] == "feed-forward"}
     series: dict[str, dict[int, float]] = {}
     cells: dict[str, dict[int, str]] = {}
     for row in rows:
         name, n, beside = row["name"], row["length"], []
         if _whole(name, level):
-            if n not in forward:
+            by = row["by"] if row["by"] == "torch.compile" else "eager"  # like beside like
+            if (n, by) not in forward:
                 continue
-            name, beside = f"{name} and feed-forward", [forward[n]]
+            name, beside = f"{name} and feed-forward", [forward[n, by]]
         name = f"{name}, {row['by']}"
         together = [row, *beside]
         seconds = sum(r["seconds"]["median"] for r in together)
