@@ -135,6 +135,16 @@ def test_segments_differ_by_at_most_one_token(lane: Any) -> None:
         torch.testing.assert_close(o, expected)
 
 
+@pytest.mark.parametrize("landmarks", CONVENTIONS)
+@pytest.mark.parametrize("length", [0, 1, 6, 7, 20, 24])
+def test_no_mask_is_a_mask_of_ones(landmarks: str, length: int) -> None:
+    """The same table; but lucidrains' divisors are those of whole segments where there is no mask."""
+    x, ones = torch.zeros(2, length, 1, 4), torch.ones(2, length, dtype=torch.bool)
+    plain, masked = (lay_out(landmarks, x, mask, None, 7, torch.float32) for mask in (None, ones))
+    for name in ("bounds", "valid", "total", *(("divisors",) if landmarks != "lucidrains" else ())):
+        assert same_bits(getattr(plain, name), getattr(masked, name))
+
+
 def test_three_names_of_one_table() -> None:
     """Which is why the contract has cases of one of them."""
     x, mask = torch.zeros(2, 43, 1, 1), torch.arange(43).expand(2, 43) % 3 > 0

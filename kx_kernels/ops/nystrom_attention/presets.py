@@ -50,10 +50,6 @@ def lay_out(
     valid, total = kept_before(last) - start, (last - first).clamp(min=0)  # [N, 1]
     step = torch.arange(num_landmarks + 1, device=x.device)
 
-    def balanced(count: Tensor) -> Tensor:
-        extra = count % num_landmarks
-        return step * (count // num_landmarks) + (step - (num_landmarks - extra)).clamp(min=0)
-
     if convention == "lucidrains":
         size = (total + num_landmarks - 1) // num_landmarks
         bounds = torch.maximum(last - (num_landmarks - step) * size, first)
@@ -62,15 +58,21 @@ def lay_out(
         if mask is not None:
             divisors = torch.where(counts > 0, counts.to(dtype) + 1e-8, 0)
     else:
-        ranks = balanced(valid)
+        ranks = _balanced(step, valid)
         bounds = torch.minimum(torch.searchsorted(before, start + ranks, right=True) - 1, last)
         divisors = ranks.diff()
         if convention != "valid":
-            rows = first + balanced(total)
+            rows = first + _balanced(step, total)
             exact = total <= num_landmarks
             bounds, divisors = torch.where(exact, bounds, rows), torch.where(exact, divisors, rows.diff())
         divisors = divisors.to(dtype)
     return Segments(bounds.contiguous(), divisors.contiguous(), valid[:, 0], total[:, 0])
+
+
+def _balanced(step: Tensor, count: int | Tensor) -> Tensor:
+    """Where `count` rows are cut into segments that differ by at most one; `step` counts from 0 to their number."""
+    num_landmarks = step.shape[0] - 1
+    return step * (count // num_landmarks) + (step - (num_landmarks - count % num_landmarks)).clamp(min=0)
 
 
 def _lay_out_whole(convention: str, batch: int, n: int, step: Tensor, dtype: torch.dtype) -> Segments:
@@ -80,7 +82,7 @@ def _lay_out_whole(convention: str, batch: int, n: int, step: Tensor, dtype: tor
         size = (n + num_landmarks - 1) // num_landmarks
         bounds, divisors = (n - (num_landmarks - step) * size).clamp(min=0), torch.full_like(step[1:], size)
     else:
-        bounds = step * (n // num_landmarks) + (step - (num_landmarks - n % num_landmarks)).clamp(min=0)
+        bounds = _balanced(step, n)
         divisors = bounds.diff()
     rows = step.new_full((batch,), n)
     table, of_rows = bounds.expand(batch, -1), divisors.to(dtype).expand(batch, -1)
