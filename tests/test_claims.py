@@ -426,6 +426,17 @@ def test_memory_of_units(attention: int, units: int, early: str, late: str) -> N
     assert verdicts("C20", memory=held(memory))[of] == (HOLDS if early == HOLDS else FAILS)
 
 
+@pytest.mark.parametrize(("cross", "verdict"), [(500, HOLDS), (100, FAILS), (3000, FAILS), (341.5, OPEN)])
+def test_only_beyond_is_not_before(cross: float, verdict: str) -> None:
+    """C20: faster only for n > 512."""
+    laws = {
+        ("layer", "attention", "fused"): square(cross),
+        ("layer", "feed-forward", "eager"): lambda n: 1e-12,
+        ("layer", "GAU × 2", "ours"): line,
+    }
+    assert verdicts("C20", times=timed(laws))["ours against fused attention"] == verdict
+
+
 @pytest.mark.parametrize(("unit", "verdict"), [(100, HOLDS), (250, FAILS)])
 def test_scores_of_one_head_against_twelve(unit: int, verdict: str) -> None:
     memory = {("mixing", "attention", "eager", 4096): (0, 1200), ("mixing", "GAU", "eager", 4096): (0, unit)}
@@ -742,6 +753,27 @@ def test_scores_grow_beyond_the_trained_length_only() -> None:
         plain, scaled = layer.mix(q, k, v), quality._scaled(layer, q, k, v)
     torch.testing.assert_close(scaled[:, : models.CONTEXT], plain[:, : models.CONTEXT])
     assert (scaled[:, -1] - plain[:, -1]).abs().max() > 1e-3
+
+
+def test_rows_are_means_of_their_samples() -> None:
+    rows = [*quality.lengths(), *quality.noise(), *quality.rotated_features(), *quality.decay()]
+    for row in rows:
+        for name, samples in row["samples"].items():
+            assert len(samples) >= quality.SEEDS
+            assert row[name] == pytest.approx(sum(samples) / len(samples))
+
+
+@pytest.mark.parametrize("name", ["roformer", "roformer-masked", "roformer-copy"])
+def test_nats_of_each_row(name: str) -> None:
+    model = models.Model((models.MODELS | models.COPYING)[name])
+    text = torch.randint(256, (3, 2 * models.COPIED + 1), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        rows, whole = (f(model, text, torch.Generator().manual_seed(1)) for f in (models.nats, models.loss))
+        torch.testing.assert_close(torch.cat(rows).mean(), whole)
+        if name == "roformer":
+            torch.testing.assert_close(rows[1].mean(), models.loss(model, text[1:2], torch.Generator()))
+    counts = {"roformer": 2 * models.COPIED, "roformer-copy": models.COPIED}
+    assert [len(row) == counts.get(name, len(row)) for row in rows] == 3 * [True]
 
 
 def test_what_is_said_of_made_up_inputs() -> None:
