@@ -1,4 +1,4 @@
-"""What times say about growth: power laws and crossovers, with intervals from resampled rounds."""
+"""What times say about growth, and samples about a mean: with intervals from resampled rounds, or samples."""
 
 from __future__ import annotations
 
@@ -27,23 +27,29 @@ class Interval:
         return f"{self.value:.3g}{between}"
 
 
-def _bootstrap(samples: Sequence[Sequence[float]], statistic: Callable[..., float]) -> Interval:
-    """Of a function of medians, each sample resampled for itself."""
+def _bootstrap(
+    samples: Sequence[Sequence[float]],
+    statistic: Callable[..., float],
+    middle: Callable[..., np.ndarray] = np.median,
+    paired: bool = False,
+) -> Interval:
+    """Of a function of medians, or of another middle, each sample resampled for itself unless they are paired."""
 
     of_each = np.vectorize(statistic, otypes=[float])
 
-    def of_medians(*resampled: np.ndarray, axis: int = -1) -> np.ndarray:
-        return of_each(*(np.median(x, axis=axis) for x in resampled))
+    def of_middles(*resampled: np.ndarray, axis: int = -1) -> np.ndarray:
+        return of_each(*(middle(x, axis=axis) for x in resampled))
 
     arrays = [np.asarray(x) for x in samples]
-    value = float(of_medians(*arrays))
+    value = float(of_middles(*arrays))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)
         warnings.simplefilter("ignore", RuntimeWarning)  # of the spread of values that are infinite
         found = scipy.stats.bootstrap(
             arrays,
-            of_medians,
+            of_middles,
             vectorized=True,
+            paired=paired,
             n_resamples=RESAMPLES,
             confidence_level=LEVEL,
             method="percentile",
@@ -55,6 +61,13 @@ def _bootstrap(samples: Sequence[Sequence[float]], statistic: Callable[..., floa
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> Interval:
     return _bootstrap([above, below], lambda a, b: a / b)
+
+
+def of_means(*samples: Sequence[float], statistic: Callable[..., float] = lambda x: x) -> Interval:
+    """Of a function of means, all of the same sequences or seeds, which are resampled together."""
+    if min(len(x) for x in samples) < 2:
+        raise LookupError("one sample alone has no interval")
+    return _bootstrap(samples, statistic, np.mean, paired=True)
 
 
 def crossover(above: Times, below: Times) -> Interval | None:

@@ -123,14 +123,21 @@ class Model(nn.Module):
         return self.norms[-1](h) @ self.embedding.weight[:256].T
 
 
-def loss(model: Model, text: Tensor, generator: torch.Generator) -> Tensor:
-    """Nats per byte of [B, n] bytes: of the next ones, of those that are hidden, or of those that are copied."""
-    if model.config.copies:
-        return F.cross_entropy(model(text[:, :-1])[:, COPIED:].flatten(0, 1), text[:, COPIED + 1 :].flatten())
+def nats(model: Model, text: Tensor, generator: torch.Generator) -> list[Tensor]:
+    """Of each row of [B, n] bytes: what the next ones take, those that are hidden, or those that are copied."""
     if model.config.causal:
-        return F.cross_entropy(model(text[:, :-1]).flatten(0, 1), text[:, 1:].flatten())
-    hidden = torch.rand(text.shape, generator=generator) < HIDDEN
-    return F.cross_entropy(model(text.masked_fill(hidden, MASK))[hidden], text[hidden])
+        first = COPIED if model.config.copies else 0
+        asked = torch.ones_like(text[:, first + 1 :], dtype=torch.bool)
+        out, text = model(text[:, :-1])[:, first:], text[:, first + 1 :]
+    else:
+        asked = torch.rand(text.shape, generator=generator) < HIDDEN
+        out = model(text.masked_fill(asked, MASK))
+    return list(F.cross_entropy(out[asked], text[asked], reduction="none").split(asked.sum(1).tolist()))
+
+
+def loss(model: Model, text: Tensor, generator: torch.Generator) -> Tensor:
+    """Nats per byte."""
+    return torch.cat(nats(model, text, generator)).mean()
 
 
 def text(held_out: bool) -> Tensor:

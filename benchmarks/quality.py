@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,16 @@ from . import models
 
 WIDE = torch.float64
 LENGTHS = (16, 64, 128, 512, 2048, 8192)  # of keys, of which four matter
+SEEDS, FEW = 8, 4  # of random inputs; where each takes longer
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=WIDE)
+
+
+def _sampled(samples: Mapping[str, Sequence[float]], **row: Any) -> dict[str, Any]:
+    """A row of means, and what they are of: what each seed gave, or each sequence of text."""
+    return row | {name: sum(x) / len(x) for name, x in samples.items()} | {"samples": samples}
 
 
 def _turned(x: Tensor, offset: int = 0, inverse: bool = False) -> Tensor:
@@ -46,51 +52,57 @@ def rope_relativity() -> dict[str, float]:
     }
 
 
-def decay() -> list[dict[str, float]]:
+def phases(distances: Sequence[int], d: int) -> Tensor:
+    """RoPE's, [distances, d/2], as complex numbers."""
+    angles = torch.tensor(distances)[:, None] * 10000.0 ** (-torch.arange(0, d, 2, dtype=WIDE) / d)
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def decay() -> list[dict[str, Any]]:
     """Of RoPE's scores at a distance, d = 128: bound, root mean square for random q and k, mean/d for equal ones."""
     d, found = 128, []
-    frequencies = 10000.0 ** (-torch.arange(0, d, 2, dtype=WIDE) / d)
     q, k = _random(4096, d), _random(4096, d, seed=1)
     for distance in (0, 1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096):
-        phase = torch.polar(torch.ones_like(frequencies), distance * frequencies)
-        bound = 2 / d * phase.cumsum(0).abs().sum().item()
+        bound = 2 / d * phases([distance], d).cumsum(1).abs().sum().item()
         cos, sin = kx.rope_tables(distance + 1, d, dtype=WIDE)
         cos, sin = (x[-1:].expand(4096, -1) for x in (cos, sin))
         far_k, far_q = (kx.rope(x[None, :, None], None, cos, sin)[0, :, 0] for x in (k, q))
-        scores = (q * far_k).sum(1)
-        row = {"distance": distance, "bound": bound, "scores": scores.square().mean().sqrt().item()}
-        found.append(row | {"same": (q * far_q).sum(1).mean().item() / d})
+        scores, same = ((q * far).sum(1).view(16, -1) for far in (far_k, far_q))
+        samples = {"scores": scores.square().mean(1).sqrt().tolist(), "same": (same.mean(1) / d).tolist()}
+        found.append(_sampled(samples, distance=distance, bound=bound))
     return found
 
 
-def real_decay() -> list[dict[str, float]]:
+def real_decay() -> list[dict[str, Any]]:
     """Mean scores of a trained model's queries and keys at a distance, over their root mean square in a head; and the
-    share of heads in which they are less than at distance 1.
+    share of heads in which they are less than at distance 1. Of each sequence.
     """
     distances, scores = (0, 1, 4, 16, 64, 256), []
     for q, k, _ in _activations("roformer-masked", models.CONTEXT):
-        s = torch.einsum("bihd,bjhd->hbij", q, k).double()
-        means = [torch.stack([s.diagonal(t, 2, 3).mean((1, 2)) for t in {m, -m}]).mean(0) for m in distances]
-        scores.append(torch.stack(means, 1) / s.square().mean((1, 2, 3)).sqrt()[:, None])
-    heads = torch.cat(scores)  # [heads of all layers, distances]
+        s = torch.einsum("bihd,bjhd->bhij", q, k).double()
+        means = [torch.stack([s.diagonal(t, 2, 3).mean(2) for t in {m, -m}]).mean(0) for m in distances]
+        scores.append(torch.stack(means) / s.square().mean((2, 3)).sqrt())
+    heads = torch.cat(scores, 2)  # [distances, sequences, heads of all layers]
+    less = (heads < heads[1]).double()
     return [
-        {"distance": m, "score": heads[:, i].mean().item(), "less": (heads[:, i] < heads[:, 1]).double().mean().item()}
+        _sampled({"score": heads[i].mean(1).tolist(), "less": less[i].mean(1).tolist()}, distance=m)
         for i, m in enumerate(distances)
     ]
 
 
-def rotated_features() -> list[dict[str, float]]:
+def rotated_features() -> list[dict[str, Any]]:
     """Linear attention whose numerator alone is rotated, d = 64: what its weights sum to, and how many are negative."""
-    n, d, repeats = 512, 64, 16
-    sums, negative, least = torch.zeros(n, dtype=WIDE), 0.0, math.inf
-    for seed in range(repeats):
+    n, d = 512, 64
+    sums, negative = [], []
+    for seed in range(16):
         q, k = (F.elu(_random(n, d, seed=2 * seed + i)) + 1 for i in range(2))
         weights = (_turned(q) @ _turned(k).mT).tril() / (q * k.cumsum(0)).sum(1, keepdim=True)
-        sums += weights.sum(1) / repeats
-        negative += (weights < 0).double().sum().item() / repeats / (n * (n + 1) / 2)
-        least = min(least, weights.sum(1).min().item())
-    rest = {"negative": negative, "least": least}
-    return [{"position": i, "sum": sums[i].item(), **rest} for i in (0, 31, 127, 511)]
+        sums.append(weights.sum(1))
+        negative.append((weights < 0).double().sum().item() / (n * (n + 1) / 2))
+    found, least = torch.stack(sums, 1), min(x.min().item() for x in sums)
+    return [
+        _sampled({"sum": found[i].tolist(), "negative": negative}, position=i, least=least) for i in (0, 31, 127, 511)
+    ]
 
 
 def rotated_by_hand() -> dict[str, list[float]]:
@@ -113,7 +125,7 @@ def rotated_by_hand() -> dict[str, list[float]]:
 
 
 def _weights(name: str, q: Tensor, k: Tensor) -> Tensor:
-    d = q.shape[1]
+    d = q.shape[-1]
     if name == "softmax":
         return (q @ k.mT / d**0.5).softmax(-1)
     if "relu²" in name:
@@ -125,41 +137,44 @@ def _weights(name: str, q: Tensor, k: Tensor) -> Tensor:
     return a / a.sum(-1, keepdim=True)
 
 
-def _spectrum(a: Tensor) -> dict[str, float]:
+def _spectrum(a: Tensor) -> dict[str, Tensor]:
+    """Of each matrix: rank, its entropy's exponential, and the entropy of rows."""
     values = torch.linalg.svdvals(a)
-    share = values / values.sum()
+    share = values / values.sum(-1, keepdim=True)
+    least = values.amax(-1, keepdim=True) * a.shape[-1] * torch.finfo(a.dtype).eps
     return {
-        "rank": int(torch.linalg.matrix_rank(a)),
-        "effective": (-(share * share.clamp_min(1e-300).log()).sum()).exp().item(),
-        "entropy": -(a * a.clamp_min(1e-300).log()).sum(1).mean().item(),
+        "rank": (values > least).double().sum(-1),
+        "effective": (-(share * share.clamp_min(1e-300).log()).sum(-1)).exp(),
+        "entropy": -(a * a.clamp_min(1e-300).log()).sum(-1).mean(-1),
     }
 
 
 def ranks() -> list[dict[str, Any]]:
-    """Of attention matrices of random inputs, n = 256 and d = 16: rank, its entropy's exponential, entropy of rows."""
-    q, k, found = _random(256, 16), _random(256, 16, seed=1), []
+    """Of attention matrices of random inputs, n = 256 and d = 16."""
+    q, k, found = _random(SEEDS, 256, 16), _random(SEEDS, 256, 16, seed=1), []
     for name in ("softmax", "relu²", "linear", "causal linear"):
-        found.append({"name": name, **_spectrum(_weights(name, q, k))})
+        spectrum = _spectrum(_weights(name, q, k))
+        found.append(_sampled({key: x.tolist() for key, x in spectrum.items()}, name=name))
     return found
 
 
-def lengths() -> list[dict[str, float]]:
+def lengths() -> list[dict[str, Any]]:
     """Four keys of n that matter (cosine 0.9, value 1, the rest 0 ± 1): the mean output by normaliser, d = 128."""
-    return [{"length": n, **{name: mean for name, (mean, _) in _outputs(n).items()}} for n in LENGTHS]
+    return [_sampled({name: [x for x, _ in pairs] for name, pairs in _outputs(n).items()}, length=n) for n in LENGTHS]
 
 
-def noise() -> list[dict[str, float]]:
+def noise() -> list[dict[str, Any]]:
     """What the other keys' values, ± 1, add to these outputs: its standard deviation."""
-    return [{"length": n, **{name: off for name, (_, off) in _outputs(n).items()}} for n in LENGTHS]
+    return [_sampled({name: [x for _, x in pairs] for name, pairs in _outputs(n).items()}, length=n) for n in LENGTHS]
 
 
 @functools.cache
-def _outputs(n: int) -> dict[str, tuple[float, float]]:
-    """By normaliser the mean and the standard deviation of the output."""
-    d, repeats = 128, 8
+def _outputs(n: int) -> dict[str, list[tuple[float, float]]]:
+    """By normaliser and seed the output, and the standard deviation of what other keys add."""
+    d = 128
     plus = math.log(max(n, 16)) / math.log(512)
     found: dict[str, list[tuple[float, float]]] = {}
-    for seed in range(repeats):
+    for seed in range(SEEDS):
         q = F.normalize(_random(d, seed=seed), dim=0) * d**0.5
         noise = F.normalize(_random(4, d, seed=100 + seed), dim=1) * d**0.5
         near = 0.9 * q + 0.19**0.5 * F.normalize(noise - (noise @ q)[:, None] * q / d, dim=1) * d**0.5
@@ -172,59 +187,78 @@ def _outputs(n: int) -> dict[str, tuple[float, float]]:
         }.items():  # fmt: skip
             mean = weights[:4].sum() + weights[4:] @ others
             found.setdefault(name, []).append((mean.item(), weights[4:].norm().item()))
-    return {
-        name: (sum(x for x, _ in pairs) / repeats, (sum(x * x for _, x in pairs) / repeats) ** 0.5)
-        for name, pairs in found.items()
-    }
-
-
-def entropies() -> list[dict[str, float]]:
-    """Mean entropy of rows of softmax attention over random unit vectors times √d, d = 128, by scale."""
-    d, found = 128, []
-    for n in (64, 512, 4096, 8192):
-        q = F.normalize(_random(256, d), dim=1) * d**0.5
-        k = F.normalize(_random(n, d, seed=1), dim=1) * d**0.5
-        row: dict[str, float] = {"length": n}
-        scales = {"1/√d": d**-0.5, "log n/log 512": math.log(n) / math.log(512) * d**-0.5}
-        scales["log n/(0.24 d)"] = math.log(n) / (0.24 * d)
-        for name, scale in scales.items():
-            a = (q @ k.mT * scale).softmax(-1)
-            row[name] = -(a * a.clamp_min(1e-300).log()).sum(1).mean().item()
-        found.append(row)
     return found
 
 
-def _initial(n: int, turn: bool = False, factor: float = 1.0) -> dict[str, float]:
+def scales(n: int, d: int) -> dict[str, float]:
+    """What scores are multiplied by."""
+    plain = d**-0.5
+    named = {"1/√d": plain, "log n/log 512": math.log(n) / math.log(512) * plain}
+    return named | {"log n/(0.24 d)": math.log(n) / (0.24 * d)}
+
+
+def entropies() -> list[dict[str, Any]]:
+    """Mean entropy of rows of softmax attention over random unit vectors times √d, d = 128, by scale."""
+    d, found = 128, []
+    for n in (64, 512, 4096, 8192):
+        q, k = (F.normalize(_random(SEEDS, m, d, seed=i), dim=2) * d**0.5 for i, m in enumerate((64, n)))
+        samples = {}
+        for name, scale in scales(n, d).items():
+            a = (q @ k.mT * scale).softmax(-1)
+            samples[name] = (-(a * a.clamp_min(1e-300).log()).sum(2).mean(1)).tolist()
+        found.append(_sampled(samples, length=n))
+    return found
+
+
+def _initial(n: int, seed: int, turn: bool = False, factor: float = 1.0) -> dict[str, float]:
     """A gated attention unit as it is initialised (d 768, e 1536, s 128, LeCun, γ = 1), its weights times a factor."""
     d, e, s = 768, 1536, 128
-    x = _random(n, d).float()
-    z = F.silu(x @ _random(d, s, seed=1).float() * factor / d**0.5)
+    x = _random(n, d, seed=4 * seed).float()
+    z = F.silu(x @ _random(d, s, seed=4 * seed + 1).float() * factor / d**0.5)
     q = _turned(z) if turn else z
-    v, gate = (F.silu(x @ _random(d, e, seed=seed).float() * factor / d**0.5) for seed in (2, 3))
+    v, gate = (F.silu(x @ _random(d, e, seed=4 * seed + i).float() * factor / d**0.5) for i in (2, 3))
     out = kx.gau_attention(*(y[None, :, None] for y in (q, q, v, gate)))
     scores = (q @ q.mT / s**0.5).relu().square()
     own = scores.diagonal().mean()
     other = (scores.sum() - scores.diagonal().sum()) / (n * (n - 1))
-    return {"length": n, "rms": out.square().mean().sqrt().item(), "ratio": (own / other).item()}
+    return {"rms": out.square().mean().sqrt().item(), "ratio": (own / other).item()}
+
+
+def _sizes(turn: bool) -> list[dict[str, Any]]:
+    found = []
+    for n in (64, 512, 2048):
+        each = [_initial(n, seed, turn) for seed in range(FEW)]
+        found.append(_sampled({key: [x[key] for x in each] for key in each[0]}, length=n))
+    return found
+
+
+@functools.cache
+def swish_moments() -> tuple[float, float]:
+    """The means of swish and of its square over a normal distribution."""
+    z = torch.linspace(-12, 12, 200001, dtype=WIDE)
+    density = torch.exp(-z * z / 2) / (2 * math.pi) ** 0.5
+    mean, square = (torch.trapezoid(F.silu(z) ** p * density, z).item() for p in (1, 2))
+    return mean, square
 
 
 def initial_size() -> dict[str, Any]:
     """Moments of swish, and sizes without RoPE."""
-    z = torch.linspace(-12, 12, 200001, dtype=WIDE)
-    density = torch.exp(-z * z / 2) / (2 * math.pi) ** 0.5
-    mean, square = (torch.trapezoid(F.silu(z) ** p * density, z).item() for p in (1, 2))
-    return {"mean": mean, "square": square, "sizes": [_initial(n) for n in (64, 512, 2048)]}
+    mean, square = swish_moments()
+    return {"mean": mean, "square": square, "sizes": _sizes(turn=False)}
 
 
-def initial_turned() -> list[dict[str, float]]:
+def initial_turned() -> list[dict[str, Any]]:
     """Sizes with RoPE."""
-    return [_initial(n, turn=True) for n in (64, 512, 2048)]
+    return _sizes(turn=True)
 
 
-def initial_factors() -> list[dict[str, float]]:
+def initial_factors() -> list[dict[str, Any]]:
     """What scaling all four weights does to a unit's output, n = 512: the last one is linear."""
-    whole = _initial(512)["rms"]
-    return [{"factor": x, "output": x * _initial(512, factor=x)["rms"] / whole} for x in (0.5, 2.0)]
+    whole = [_initial(512, seed)["rms"] for seed in range(FEW)]
+    return [
+        _sampled({"output": [x * _initial(512, i, factor=x)["rms"] / rms for i, rms in enumerate(whole)]}, factor=x)
+        for x in (0.5, 2.0)
+    ]
 
 
 def same_tokens() -> list[dict[str, float]]:
@@ -243,24 +277,26 @@ def same_tokens() -> list[dict[str, float]]:
 
 
 def landmarks() -> list[dict[str, Any]]:
-    """Relative error of Nyström attention against softmax attention on sequences of growing smoothness, n = 1024."""
+    """Relative error of Nyström attention against softmax attention on sequences of growing smoothness, n = 1024. Each
+    head is a sequence of its own.
+    """
     n, d, found = 1024, 64, []
     for smooth in (0.0, 0.95, 0.99):
-        noise = _random(n, d)
+        noise = _random(n, FEW, d)
         x = [noise[0]]
         for step in noise[1:]:
             x.append(smooth * x[-1] + (1 - smooth**2) ** 0.5 * step)
         q = torch.stack(x)
-        k, v = q + 0.1 * _random(n, d, seed=1), _random(n, d, seed=2)
-        v = torch.stack(x) @ _random(d, d, seed=4) / d**0.5 if smooth else v
-        q, k, v = (y[None, :, None] for y in (q, k, v))
+        k, v = q + 0.1 * _random(n, FEW, d, seed=1), _random(n, FEW, d, seed=2)
+        v = q @ _random(d, d, seed=4) / d**0.5 if smooth else v
+        q, k, v = (y[None] for y in (q, k, v))
         exact = F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (q, k, v))).transpose(1, 2)
-        for init, iterations in (("per_matrix", 6), ("pinv", 6)):
-            for m in (8, 16, 32, 64, 128, 256):
-                out = kx.nystrom_attention(q, k, v, num_landmarks=m, pinv_iterations=iterations, pinv_init=init)
+        for init, counts in (("per_matrix", (8, 16, 32, 64, 128, 256)), ("pinv", (32, 64, 128))):
+            for m in counts:
+                out = kx.nystrom_attention(q, k, v, num_landmarks=m, pinv_iterations=6, pinv_init=init)
                 assert isinstance(out, Tensor)
-                error = ((out - exact).norm() / exact.norm()).item()
-                found.append({"smooth": smooth, "inverse": init, "landmarks": m, "error": error})
+                error = ((out - exact).norm(dim=(1, 3)) / exact.norm(dim=(1, 3)))[0].tolist()
+                found.append(_sampled({"error": error}, smooth=smooth, inverse=init, landmarks=m))
     return found
 
 
@@ -329,17 +365,17 @@ def chunks() -> dict[str, float]:
     }
 
 
-def _sentences(length: int, count: int = 4) -> Tensor:
+def _sentences(length: int, count: int = 8) -> Tensor:
     """[count, length] held-out bytes, the same at every call."""
     generator = torch.Generator().manual_seed(2)
     return models.batch(models.text(held_out=True), count, length, generator)
 
 
-def _activations(name: str, length: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _activations(name: str, length: int, count: int = 8) -> list[tuple[Tensor, Tensor, Tensor]]:
     """q and k, rotated, and v of each layer of a trained model, [B, n, H, D]."""
     model = models.load(name)
     with torch.no_grad(), models.listening(model) as found:
-        model(_sentences(length))
+        model(_sentences(length, count))
     return found
 
 
@@ -357,15 +393,19 @@ def approximations() -> list[dict[str, Any]]:
         layers = _activations("roformer-masked", n)
         exact = [F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in qkv)).transpose(1, 2) for qkv in layers]
 
-        def error(outs: list[Any], exact: list[Tensor] = exact) -> float:
-            off = sum((o - e).square().sum().item() for o, e in zip(outs, exact, strict=True))
-            return (off / sum(e.square().sum().item() for e in exact)) ** 0.5
+        def error(outs: list[Any], exact: list[Tensor] = exact) -> dict[str, list[float]]:
+            """Of each sequence, over all layers."""
+            off, whole = (
+                torch.stack([x.square().sum((1, 2, 3)) for x in layers]).sum(0)
+                for layers in ([o - e for o, e in zip(outs, exact, strict=True)], exact)
+            )
+            return {"error": (off / whole).sqrt().tolist()}
 
         for size in (16, 32, 64, 128, 256):
             nystrom = [kx.nystrom_attention(*qkv, num_landmarks=size) for qkv in layers]
-            found.append({"length": n, "by": "Nyström", "size": size, "error": error(nystrom)})
+            found.append(_sampled(error(nystrom), length=n, by="Nyström", size=size))
             performer = [_performer(*qkv, size) for qkv in layers]
-            found.append({"length": n, "by": "Performer", "size": size, "error": error(performer)})
+            found.append(_sampled(error(performer), length=n, by="Performer", size=size))
     return found
 
 
@@ -375,18 +415,24 @@ def real_maps() -> list[dict[str, Any]]:
     """
     found = []
     for name, kind in (("roformer-masked", "softmax"), ("linear-masked", "linear"), ("gau", "causal relu²")):
-        rows = [
-            _spectrum(_weights(kind, q[0, :, head].double(), k[0, :, head].double()))
-            for q, k, _ in _activations(name, 256)
-            for head in range(q.shape[2])
+        layers = [
+            _spectrum(_weights(kind, *(x.transpose(1, 2).double() for x in (q, k))))
+            for q, k, _ in _activations(name, 256, FEW)
         ]
-        found.append({"name": kind, **{key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}})
+        samples = {key: torch.cat([layer[key] for layer in layers], 1).mean(1).tolist() for key in layers[0]}
+        found.append(_sampled(samples, name=kind))
     return found
 
 
-def _loss(model: models.Model, length: int) -> float:
+def _losses(model: models.Model, text: Tensor) -> list[Tensor]:
     with torch.no_grad():
-        return models.loss(model, _sentences(length, 8), torch.Generator().manual_seed(3)).item()
+        return models.nats(model, text, torch.Generator().manual_seed(3))
+
+
+def _loss(model: models.Model) -> tuple[float, list[float]]:
+    """Nats per byte of held-out text, and of each sequence."""
+    found = _losses(model, _sentences(models.CONTEXT))
+    return torch.cat(found).mean().item(), [x.mean().item() for x in found]
 
 
 def trained() -> list[dict[str, Any]]:
@@ -394,10 +440,10 @@ def trained() -> list[dict[str, Any]]:
     found = []
     for name in models.MODELS:
         model = models.load(name)
-        ours = _loss(model, models.CONTEXT)
+        ours, each = _loss(model)
         with kx.backend("reference"):
-            reference = _loss(model, models.CONTEXT)
-        found.append({"name": name, "loss": ours, "reference": reference})
+            reference, _ = _loss(model)
+        found.append({"name": name, "loss": ours, "reference": reference, "samples": {"loss": each}})
     return found
 
 
@@ -405,10 +451,8 @@ def copied() -> list[dict[str, Any]]:
     """Nats per symbol of the models that copy, on symbols they have not seen; who guesses has log 10."""
     found = []
     for name, config in models.COPYING.items():
-        symbols = models.copies(64, torch.Generator().manual_seed(4))
-        with torch.no_grad():
-            loss = models.loss(models.load(name), symbols, torch.Generator()).item()
-        found.append({"name": name, "mixing": config.mixing, "loss": loss})
+        losses = _losses(models.load(name), models.copies(64, torch.Generator().manual_seed(4)))
+        found.append(_sampled({"loss": [x.mean().item() for x in losses]}, name=name, mixing=config.mixing))
     return found
 
 
@@ -431,7 +475,8 @@ def bands() -> list[dict[str, Any]]:
             for layer in model.layers:
                 if isinstance(layer, models.Attention):
                     layer.mix = functools.partial(_band, layer, width)
-            found.append({"name": name, "band": width, "loss": _loss(model, models.CONTEXT)})
+            loss, each = _loss(model)
+            found.append({"name": name, "band": width, "loss": loss, "samples": {"loss": each}})
     return found
 
 
@@ -446,9 +491,9 @@ def beyond() -> list[dict[str, Any]]:
     grow by log n, or a divisor n that stays, beyond that length.
     """
     found = []
-    for length in (256, models.CONTEXT, 2 * models.CONTEXT, 4 * models.CONTEXT):
-        row: dict[str, Any] = {"length": length}
-        text = _sentences(4 * models.CONTEXT, 4).view(-1, length)
+    for length in (models.CONTEXT, 2 * models.CONTEXT, 4 * models.CONTEXT):
+        samples = {}
+        text = _sentences(4 * models.CONTEXT, 6).view(-1, length)
         for name in ("roformer", "gau", "linear", "roformer, log n", "gau, n fixed"):
             model = models.load(name.split(", ")[0])
             for layer in model.layers:
@@ -457,9 +502,9 @@ def beyond() -> list[dict[str, Any]]:
                 if name == "gau, n fixed" and isinstance(layer, kx.nn.GatedAttentionUnit):
                     seen = torch.arange(1, length).clamp_max(models.CONTEXT)
                     layer.normalizer = (1 / seen).expand(len(text), -1)
-            with torch.no_grad():
-                row[name] = models.loss(model, text, torch.Generator()).item()
-        found.append(row)
+            losses = torch.stack([x.mean() for x in _losses(model, text)])
+            samples[name] = losses.view(6, -1).mean(1).tolist()
+        found.append(_sampled(samples, length=length))
     return found
 
 

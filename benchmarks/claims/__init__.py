@@ -6,11 +6,12 @@ Jianlin Su's Scientific Spaces (kexue.fm/archives/number); the papers by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..fits import Interval
+from ..fits import Interval, of_means
 
 HOLDS, FAILS, OPEN = "holds", "fails", "cannot be decided here"
 
@@ -22,10 +23,34 @@ def within(found: Interval, low: float, high: float) -> str:
     return FAILS if found.high < low or found.low > high else OPEN
 
 
+Sampled = tuple[Mapping[str, Any], str]  # a row of an experiment, and a number of it
+
+
+def mean(row: Mapping[str, Any], key: str, by: Callable[..., float] = lambda x: x, *others: Sampled) -> Interval:
+    """Of what each seed, or sequence of text, gave; `by`: a function of that mean, and of others over the same."""
+    found = []
+    for kept, name in ((row, key), *others):
+        if name not in kept.get("samples", {}):
+            raise LookupError(f"{name}: what each seed, or sequence of text, gave was not kept")
+        found.append(kept["samples"][name])
+    return of_means(*found, statistic=by)
+
+
+def less(mine: Sampled, than: Sampled) -> str:
+    """The verdict on a mean that is said to be less than another over the same."""
+    return within(mean(*mine, lambda x, y: x - y, than), -math.inf, math.nextafter(0, -1))
+
+
 def worst(verdicts: Iterable[str]) -> str:
     """Of something that is said of several lengths."""
     given = set(verdicts)
     return next((v for v in (FAILS, OPEN) if v in given), HOLDS)
+
+
+def best(verdicts: Iterable[str]) -> str:
+    """Of something that is said of one of several."""
+    given = set(verdicts)
+    return next((v for v in (HOLDS, OPEN) if v in given), FAILS)
 
 
 @dataclass(frozen=True)

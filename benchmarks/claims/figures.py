@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from .. import figures, layers, units
 from ..figures import Figure
-from .cost import PAPER, added, layer, scaled
+from .cost import NYSTROM, PAPER, added, layer, scaled
 from .evidence import Evidence, H
 
 MS = "milliseconds"
@@ -38,7 +39,12 @@ def mixing(e: Evidence) -> Figure:
     for by in ("eager", "fused"):
         series[f"mixing, {by}"] = e.times("mixing", "attention", by)
     shown = {name: figures.median_milliseconds(t) for name, t in series.items()}
-    return figures.lines(shown, "Until the lines cross, mixing tokens is the smaller part of a layer.", "tokens n", MS)
+    return figures.lines(
+        shown,
+        "Mixing tokens is the larger part of a layer where its line is the upper one: beyond n = 4,608, it is said.",
+        "tokens n",
+        MS,
+    )
 
 
 def ceiling(e: Evidence) -> Figure:
@@ -49,7 +55,7 @@ def ceiling(e: Evidence) -> Figure:
     for by in ("eager", "fused"):
         whole = figures.median_milliseconds(layer(e, by))
         series[f"measured, {by}"] = {n: whole[n] / rest[n] for n in whole if n in rest}
-    see = "How many times as fast a layer is without any mixing: more than the products say where scores are written."
+    see = "How many times as fast a layer is without any mixing; dotted: by its products."
     return figures.lines(series, see, "tokens n", "times", dotted=["1 + n/(6H)"])
 
 
@@ -57,17 +63,22 @@ def linear(e: Evidence) -> Figure:
     names = ("linear attention", "linear attention, keys 4d", "linear attention, keys and values 4d")
     chosen = [("mixing", "attention", "eager"), ("mixing", "attention", "fused")]
     chosen += [("mixing", name, by) for name in names for by in ("eager", "ours")]
-    return _times(e, chosen, "Softmax attention is the steeper line; where it starts matters as much as its slope.")
+    return _times(
+        e,
+        chosen,
+        "Linear attention pays from where softmax attention crosses its line: at n = 64 for keys of d, it is said.",
+    )
 
 
 def nystrom(e: Evidence) -> Figure:
     chosen = [("mixing", "attention", "eager"), ("mixing", "attention", "fused")]
     chosen += [("mixing", f"Nyström, m = {m}", "ours") for m in layers.LANDMARKS]
-    return _times(e, chosen, "Each line of landmarks is parallel to the next, and crosses attention later.")
+    said = ", ".join(f"{n:,} (m = {m})" for m, n in NYSTROM.items())
+    return _times(e, chosen, f"Landmarks pay from where attention crosses their line: at n = {said}, it is said.")
 
 
 def table_of_the_paper(e: Evidence) -> Figure:
-    chosen = [("attention", "eager"), *((name, "ours") for name in PAPER if name != "attention")]
+    chosen = [("attention", "eager"), *((name, "ours") for name in PAPER if name.startswith("Nyström"))]
     series = {f"{name}, {by}": figures.median_milliseconds(e.times("mixing", name, by)) for name, by in chosen}
     paper = {f"{name}, paper": {n: ms for n, (_, ms) in rows.items()} for name, rows in PAPER.items()}
     see = "The paper's milliseconds (dotted) are of a GPU and of whole modules: compare how far lines lie apart."
@@ -110,7 +121,7 @@ def decoding(e: Evidence) -> Figure:
     for r in rows:
         told, share = units.time(r["seconds"]["median"]), figures.of_bound(r)
         cells[decoder(r["name"])][r["length"]] = f"{told} ({share})" if share else told
-    see = "A state takes the same time after any context; a cache is read whole."
+    see = "A level line takes the same time after any context; one that doubles with the context reads all of it."
     see += " In the table, in brackets: how much of its roofline each time is." if "bound" in rows[0] else ""
     return figures.lines(series, see, "context", MS, cells=cells)
 
@@ -121,7 +132,7 @@ def decay(e: Evidence) -> Figure:
         "the bound": {int(r["distance"]): r["bound"] for r in rows},
         "scores of random q and k": {int(r["distance"]): r["scores"] for r in rows},
     }
-    see = "The bound falls, and not always; scores of random queries and keys do not."
+    see = "What decays with distance falls to the right: the bound is what is derived, scores are what attention sees."
     return figures.lines(series, see, "distance", "score", logarithmic="x")
 
 
@@ -132,8 +143,9 @@ def real_decay(e: Evidence) -> Figure:
     return figures.lines(series, see, "distance", "score", logarithmic="x")
 
 
-def _by_length(rows: list[dict[str, float]]) -> dict[str, dict[int, float]]:
-    return {name: {int(r["length"]): r[name] for r in rows} for name in rows[0] if name != "length"}
+def _by_length(rows: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
+    names = [name for name in rows[0] if name not in ("length", "samples")]
+    return {name: {int(r["length"]): r[name] for r in rows} for name in names}
 
 
 def lengths(e: Evidence) -> Figure:
@@ -154,7 +166,7 @@ def smoothness(e: Evidence) -> Figure:
         }
         for smooth in dict.fromkeys(r["smooth"] for r in rows)
     }
-    see = "Landmarks help where neighbours resemble each other; on independent tokens nothing does."
+    see = "How near to softmax attention so many landmarks come: at 1 the error is as large as the output itself."
     return figures.lines(series, see, "landmarks m", "error, of the output")
 
 
