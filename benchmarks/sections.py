@@ -119,6 +119,27 @@ def growth_fits(results: Results) -> list[dict[str, Any]]:
     return found
 
 
+def products(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Of each call that has them: operations as the specification, torch's counter and the meter have them, whether what
+    they differ by is what they are said to, and whether no fewer bytes are moved than have to be.
+    """
+    found = []
+    for row in rows:
+        if "flops" not in row:
+            continue
+        flops, moved = row["flops"], row["loaded"] + row["stored"]
+        cells = {"call": f"{row['op']}, {row['case']}", "flops": f"{flops / 1e6:.2f}"}
+        cells["moved"] = f"{moved / row['least']:.2f}×"
+        agree = moved >= row["least"]
+        for key, counted in (("torch", row["torch"]), ("triton", row["dot_flops"])):
+            beside = row[f"beside_{key}"]
+            cells[key] = f"{counted / flops:.2f}×"
+            cells[f"beside_{key}"] = "; ".join(f"{extra / flops:+.2f}: {why}" for why, extra in beside.items()) or "–"
+            agree = agree and counted == flops + sum(beside.values())
+        found.append(cells | {"verdict": HOLDS if agree else FAILS})
+    return found
+
+
 def tables(rows: list[dict[str, Any]]) -> Figure:
     """The largest error of a cosine up to a position."""
     named = {"phase in float32": "float32_phase", "kx.rope_tables": "ours"}
@@ -144,6 +165,7 @@ def operator(results: Results) -> dict[str, Any]:
         "growth": grown(results, "growth"),
         "fits": growth_fits(results),
         "shared": grown(results, "shared"),
+        "products": products(results["counts"]),
         "tables": tables(results["tables"]) if results.get("tables") else None,
     }  # fmt: skip
 

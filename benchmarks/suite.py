@@ -245,7 +245,7 @@ def operator_steps(op: Any, name: str, device: str, quick: bool) -> Iterator[Ste
     yield Step("accuracy", "accuracy", lambda s: accuracy.measure(name, device, quick, s), 1 if quick else 25)
     if not quick:
         yield Step("", "extras", lambda _: op.extras(), 10)
-        yield Step("counts", "counts", lambda _: counts.measure(name, device), 15)
+        yield Step("counts", "counts", lambda _: counts.measure(name, device), 60 if name in counts.WITH else 20)
     no_code = "left out by --quick" if quick else CODE_ANYWHERE if device == "cpu" else codegen.available()
     yield Step("machine_code", "machine code", lambda _: machine_code(name, no_code), 0.1 if no_code else 30)
 

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import compare, contest, fits, layers, measure, suite, units
-from benchmarks.claims import OPEN, all_claims, cost
+from benchmarks import compare, contest, counts, fits, layers, measure, sections, suite, units
+from benchmarks.claims import FAILS, HOLDS, OPEN, all_claims, cost
 from benchmarks.claims.cost import flops
 from benchmarks.claims.evidence import Evidence
 from benchmarks.environment import ROOT
@@ -91,9 +91,13 @@ def seen(function: Callable[..., Any], *inputs: torch.Tensor) -> int:
 
 
 def landmarks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """What Nyström attention's products with landmarks are, without the inverse between them."""
+    """What Nyström attention's products are, with six steps of the inverse."""
     q, k, v, small = (x.transpose(1, 2) for x in (q, k, v, q[:, :64]))
-    return (q @ small.mT) @ ((small @ k.mT) @ v)
+    a = z = small @ small.mT
+    for _ in range(6):
+        x = a @ z
+        z = z @ (x @ (x @ x))
+    return (q @ small.mT) @ (z @ ((small @ k.mT) @ v))
 
 
 def counted_calls() -> Iterator[Any]:
@@ -136,13 +140,30 @@ def spec_call(name: str, inputs: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("name", suite.OPERATORS)
 def test_a_case_counts_what_the_specification_counts(name: str) -> None:
     """A row's bound is drawn from the same flops and bytes; queries of Nyström attention have to be read twice."""
-    op = suite.OPERATORS[name]
+    op, spec = suite.OPERATORS[name], SPECS[name]
     case = replace(op.cases("cpu")[0], length=256)
     inputs = op.Inputs(case, "cpu")
-    spec, call = SPECS[name], spec_call(name, inputs)
+    call = spec_call(name, inputs)
     assert case.flops == spec.flops(call)
     twice = inputs.leaves[0].nbytes if name == "nystrom_attention" else 0
     assert case.bytes_moved == spec.bytes(call) + twice
+
+
+@pytest.mark.parametrize("how", [{"landmarks": 32}, {"convolution": True}, {"length": 64}, {"length": 1}], ids=str)
+def test_nystrom_cases_count_what_the_specification_counts(how: dict[str, Any]) -> None:
+    op, spec = suite.OPERATORS["nystrom_attention"], SPECS["nystrom_attention"]
+    inputs = op.Inputs(replace(op.BASE, **{"length": 256, "heads": 2, **how}), "cpu")
+    call = spec_call("nystrom_attention", inputs)
+    call |= {} if inputs.weight is None else {"conv_weight": inputs.weight}
+    assert inputs.case.flops == spec.flops(call)
+
+
+def test_nystrom_products_are_those_of_the_formula() -> None:
+    """Per head 4nmd + nm² + m²d + 24m³ multiplications, but Z with m rows of values in the place of nm²."""
+    op = suite.OPERATORS["nystrom_attention"]
+    for n, m, d in ((512, 64, 64), (4096, 256, 64)):
+        case = replace(op.BASE, length=n, landmarks=m, heads=1)
+        assert case.flops == 2 * (4 * n * m * d + m * m * d + m * m * d + 24 * m**3)
 
 
 MOVED = {  # bytes that Triton's forward kernels move, at most, over those of the specification
@@ -155,18 +176,68 @@ MOVED = {  # bytes that Triton's forward kernels move, at most, over those of th
 }
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
+
+
+@interpreted
 @pytest.mark.parametrize("name", SPECS)
-def test_kernels_move_the_bytes_that_their_specification_counts(name: str) -> None:
-    """No fewer, and at most so many times as many as the table says."""
+def test_counts_agree(name: str) -> None:
+    """Products of the specification, of torch's counter and of the meter, but for what is said of each; bytes no fewer
+    than the specification's, and at most so many times as many as the table says.
+    """
+    found = [row for row in counts.rows(SPECS[name]) if "flops" in row]
+    assert len(found) == len(SPECS[name].metered())
+    for row, shown in zip(found, sections.products(found), strict=True):
+        assert row["torch"] == row["flops"] + sum(row["beside_torch"].values()), row["case"]
+        assert row["dot_flops"] == row["flops"] + sum(row["beside_triton"].values()), row["case"]
+        assert 1 <= (row["loaded"] + row["stored"]) / row["least"] <= MOVED[name], row["case"]
+        assert shown["verdict"] == HOLDS
+
+
+ODD = {  # sizes that no tile divides, and forms in which an operator's count is another
+    "linear_attention": [
+        {"batch": 2, "length": 100, "heads": 4, "kv_heads": 2, "key_dim": 24, "value_dim": 40},
+        {"batch": 1, "length": 100, "heads": 2, "kv_heads": 1, "key_dim": 128, "value_dim": 200, "causal": False},
+        {"batch": 1, "length": 70, "normalize": False},
+    ],
+    "gau_attention": [
+        {"batch": 1, "queries": 200, "key_dim": 24, "value_dim": 40, "causal": True},
+        {"batch": 2, "queries": 140, "key_dim": 24, "value_dim": 40},
+    ],
+    "mixed_chunk_attention": [
+        {"batch": 2, "length": 100, "chunk": 40, "key_dim": 24, "value_dim": 40, "causal": True},
+        {"batch": 1, "length": 100, "chunk": 40, "key_dim": 24, "value_dim": 40},
+    ],
+    "nystrom_attention": [
+        {"queries": 100, "heads": 1, "dim": 24, "value_dim": 40, "landmarks": 12, "iterations": 2, "conv": 5},
+        {"batch": 1, "queries": 300, "heads": 1, "dim": 72, "value_dim": 40, "landmarks": 48, "iterations": 1},
+        {"batch": 1, "queries": 30, "keys": 70, "iterations": 3},
+    ],
+}
+
+
+@interpreted
+@pytest.mark.parametrize(("name", "how"), [(name, how) for name, hows in ODD.items() for how in hows], ids=str)
+def test_what_counts_differ_by_is_a_formula_of_all_sizes(name: str, how: dict[str, Any]) -> None:
     spec = SPECS[name]
+    case = type(spec.cases[spec.example])(**how)
+    call = spec.make(case, torch.float32, torch.device("cpu"), 0)
     api = importlib.import_module(spec.function.__module__)
-    triton = next(b for b in api.backends() if b.name == "triton")
-    for case, call in spec.metered().items():
-        with metered() as meter:
-            next(iter(spec.passes(triton, api.problem(**call))))
-        times = (meter.loaded + meter.stored) / spec.bytes(call)
-        assert 1 <= times <= MOVED[name], f"{case}: {times:.2f}"
+    problem = api.problem(**call)
+    with metered() as meter:
+        next(iter(spec.passes(next(b for b in api.backends() if b.name == "triton"), problem)))
+    assert meter.dot_flops == spec.flops(call) + sum(spec.beside_triton(call, problem).values())
+    assert counts.seen(spec, call) == spec.flops(call) + sum(spec.beside_torch(call).values())
+    assert meter.loaded + meter.stored >= spec.bytes(call)
+
+
+def test_counts_that_differ_are_said_to() -> None:
+    row = {"op": "rope", "case": "x", "flops": 100, "torch": 150, "beside_torch": {"half of them twice": 50}}
+    row |= {"dot_flops": 120, "beside_triton": {"tiles": 20}, "loaded": 8, "stored": 4, "least": 10}
+    assert sections.products([row])[0]["verdict"] == HOLDS
+    for change in ({"torch": 151}, {"dot_flops": 119}, {"flops": 99}, {"loaded": 5}, {"beside_triton": {}}):
+        assert sections.products([row | change])[0]["verdict"] == FAILS
+    assert sections.products([{"case": "of an earlier run", "dot_flops": 120}]) == []
 
 
 @pytest.mark.parametrize(
