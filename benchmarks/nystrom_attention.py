@@ -100,6 +100,14 @@ def sweep(device: str) -> list[Case]:
     ]
 
 
+def over_landmarks(device: str) -> tuple[str, dict[str, int]]:
+    """The place of results, and the landmarks of those cases in it that differ by these alone."""
+    where, base, found = "timings", BASE, cases(device)
+    if device != "cpu":
+        where, base, found = "growth", replace(LARGE, batch=1), sweep(device)
+    return where, {c.name: c.landmarks for c in found if replace(c, name=base.name, landmarks=base.landmarks) == base}
+
+
 def shared(device: str) -> list[Case]:
     """The same number of tokens in longer and fewer sequences."""
     base, tokens = (replace(BASE, heads=2), 14) if device == "cpu" else (LARGE, 17)

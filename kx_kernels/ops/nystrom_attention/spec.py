@@ -257,7 +257,7 @@ BAD_CALLS = (
 
 
 def flops(call: Call) -> int:
-    """Of the products with landmarks; of the inverse's with them, and of four for each of its steps; of the convolution.
+    """Of the products with landmarks, of those of the inverse, four for each step and two beside, and the convolution.
     Where no more tokens than landmarks are, of exact attention. Packed sequences are taken for longer ones.
     """
     q, k, v, m = call["q"], call["k"], call["v"], call["num_landmarks"]
