@@ -122,14 +122,16 @@ def landmarks(results: Results) -> Figure | None:
     """Of Nyström attention: time against landmarks, of cases that differ by these alone."""
     where, sizes = nystrom_attention.over_landmarks(results["environment"]["device_kind"])
     times: dict[str, dict[int, list[float]]] = {}
+    versions: dict[str, str] = {}
     for row in measured(results.get(where, [])):
         if row["case"] in sizes and "times" in row and row["contender"] != results["limit"]:
             times.setdefault(row["contender"], {})[sizes[row["case"]]] = row["times"]
+            versions |= {row["contender"]: row["version"]} if row.get("version") else {}
     series = {name: figures.median_milliseconds(mine) for name, mine in times.items()}
     if not series:
         return None
     see = "Look whether a line rises with the landmarks or faster: products with them grow as m, the inverse as m³."
-    return figures.lines(series, see, "landmarks m", "milliseconds", times=times)
+    return figures.lines(series, see, "landmarks m", "milliseconds", versions=versions, times=times)
 
 
 def products(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
