@@ -1,4 +1,4 @@
-"""Launches and bytes of each pass, counted. `python -m benchmarks.counts OP cpu` prints JSON.
+"""Launches, bytes and products of each pass, counted. `python -m benchmarks.counts OP cpu` prints JSON.
 
 Triton's kernels are counted under its interpreter, which has to be on from the start; CUDA's launches on the emulation.
 Both need no GPU, and where there is one they are left out: its report is about time.
@@ -9,18 +9,41 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
 from kx_kernels._core import native
-from kx_kernels._core.spec import OpSpec, all_specs
+from kx_kernels._core.spec import Call, OpSpec, all_specs
 from kx_kernels.testing.emulation import emulated_cuda
 from kx_kernels.testing.metering import metered
 
 from . import interpreter
 
+WITH = {"gau_attention": ("gau_inputs", "mixed_chunk_attention")}  # the rest of gated units, without timings of its own
+
+
+def seen(spec: OpSpec, call: Call) -> int:
+    """Floating-point operations that torch's counter sees of the reference, on meta tensors."""
+    meta = pytree.tree_map_only(torch.Tensor, lambda x: x.to("meta"), call)
+    with FlopCounterMode(display=False) as counter:
+        spec.reference(**meta)
+    return counter.get_total_flops()
+
+
+def told(beside: Mapping[str, int]) -> dict[str, int]:
+    return {why: flops for why, flops in beside.items() if flops}
+
 
 def rows(spec: OpSpec) -> list[dict[str, Any]]:
-    """One row per backend, call and pass. `least`: bytes, each input read once and each output written once."""
+    """One row per backend, call and pass.
+
+    `least`: bytes, each input read once and each output written once. `flops`: as the specification has them, beside
+    those that torch's counter sees, and why both that and the meter's differ from it, by how many each.
+    """
     api = importlib.import_module(spec.function.__module__)
     backends = {b.name: b for b in api.backends()}
     found = []
@@ -31,9 +54,13 @@ def rows(spec: OpSpec) -> list[dict[str, Any]]:
             for name in spec.passes(backends["triton"], problem):
                 now = (meter.launches, meter.loaded, meter.stored, meter.dot_flops)
                 launches, loaded, stored, flops = (b - a for a, b in zip(before, now, strict=True))
-                row = {"backend": "triton", "case": case, "pass": name, "launches": launches}
-                least = spec.bytes(call) if name == "forward" else None
-                found.append(row | {"loaded": loaded, "stored": stored, "dot_flops": flops, "least": least})
+                row = {"op": spec.name, "backend": "triton", "case": case, "pass": name, "launches": launches}
+                row |= {"loaded": loaded, "stored": stored, "dot_flops": flops, "least": None}
+                if name == "forward":
+                    row |= {"least": spec.bytes(call), "flops": spec.flops(call), "torch": seen(spec, call)}
+                    row["beside_torch"] = told(spec.beside_torch(call))
+                    row["beside_triton"] = told(spec.beside_triton(call, problem))
+                found.append(row)
                 before = now
         emulation = native.load("_emulation")
         if emulation is None:
@@ -41,14 +68,17 @@ def rows(spec: OpSpec) -> list[dict[str, Any]]:
         with emulated_cuda():
             before_cuda = emulation.launches()
             for name in spec.passes(backends["cuda"], problem):
-                row = {"backend": "cuda", "case": case, "pass": name, "launches": emulation.launches() - before_cuda}
+                row = {"op": spec.name, "backend": "cuda", "case": case, "pass": name}
+                row["launches"] = emulation.launches() - before_cuda
                 found.append(row | dict.fromkeys(("loaded", "stored", "dot_flops", "least")))
                 before_cuda = emulation.launches()
     return found
 
 
 def measure(op: str, device: str) -> list[dict[str, Any]]:
-    return interpreter.rows("benchmarks.counts", op, device) if device == "cpu" else []
+    if device != "cpu":
+        return []
+    return [row for name in (op, *WITH.get(op, ())) for row in interpreter.rows("benchmarks.counts", name, device)]
 
 
 def main() -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from .units import short
+from . import fits
+from .units import short, time
 
 # Every colour is to be seen on white and on the dark page; no two series of a plot share colour and symbol.
 OURS = ("#2563eb", "#0891b2", "#7c3aed", "#0d9488", "#6366f1")
@@ -24,12 +25,13 @@ Measured = tuple[float, float, float]  # median, lower and upper quartile
 
 @dataclass(frozen=True)
 class Figure:
-    """A plot, what to see in it, and its numbers."""
+    """A plot, what to see in it, its numbers, and the laws that they follow."""
 
     html: str
     see: str
     columns: list[str] = field(default_factory=list)
     rows: list[list[str]] = field(default_factory=list)
+    laws: list[list[str]] = field(default_factory=list)
 
 
 def of_bound(row: Mapping[str, Any]) -> str:
@@ -96,6 +98,8 @@ def lines(
     logarithmic: str = "xy",
     small: bool = False,
     cells: Mapping[str, Mapping[int, str]] | None = None,
+    versions: Mapping[str, str] | None = None,
+    times: Mapping[str, fits.Times] | None = None,
 ) -> Figure:
     """Values against sizes.
 
@@ -103,6 +107,8 @@ def lines(
         logarithmic: which axes are.
         small: for the first screen, whose caption names the axes.
         cells: of the table, if it says more than the plot.
+        versions: of what series are of, for a column of the table.
+        times: of the rounds at each size, which laws are fitted to.
     """
     figure = _empty((190 if small else 320) + 18 * len(series))
     for name, style in styles(series, dotted):
@@ -131,8 +137,26 @@ def lines(
     if cells is None:
         cells = {name: {n: short(value) for n, value in points.items()} for name, points in series.items()}
     sizes = sorted({n for points in cells.values() for n in points})
-    rows = [[name, *(points.get(n, "–") for n in sizes)] for name, points in cells.items()]
-    return Figure(_html(figure), see, [f"{y}, by {x}", *(f"{n:,}" for n in sizes)], rows)
+    known = {name: [(versions or {}).get(name) or "–"] if versions else [] for name in cells}
+    rows = [[name, *known[name], *(points.get(n, "–") for n in sizes)] for name, points in cells.items()]
+    columns = [f"{y}, by {x}", *(["version"] if versions else []), *(f"{n:,}" for n in sizes)]
+    return Figure(_html(figure), see, columns, rows, laws(times or {}))
+
+
+def laws(times: Mapping[str, fits.Times]) -> list[list[str]]:
+    """Of each series that has enough sizes the law t = a + b nᵖ that its times follow: p, a, b, the largest residual,
+    the sizes that it is fitted to, and the slopes between neighbours of those within.
+    """
+    found = []
+    for name, mine in times.items():
+        law = fits.power_law(mine)
+        if law is not None:
+            slopes = (fits.local_slope(mine, n) for n in law.sizes[1:-1])
+            told = ", ".join(f"{slope.value:.2f}" for slope in slopes if slope is not None)
+            window = f"{law.sizes[0]:,} … {law.sizes[-1]:,}"
+            numbers = [str(law.exponent), time(law.fixed), f"{law.factor:.3g} s", f"{law.residual:.0%}", window, told]
+            found.append([name, *numbers])
+    return found
 
 
 def dots(

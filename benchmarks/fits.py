@@ -29,16 +29,16 @@ class Interval:
 
 def _bootstrap(
     samples: Sequence[Sequence[float]],
-    statistic: Callable[..., float],
+    statistic: Callable[..., np.ndarray],
     middle: Callable[..., np.ndarray] = np.median,
     paired: bool = False,
 ) -> Interval:
-    """Of a function of medians, or of another middle, each sample resampled for itself unless they are paired."""
-
-    of_each = np.vectorize(statistic, otypes=[float])
+    """Of a function of medians, or of another middle, or of arrays of them; each sample resampled for itself unless
+    they are paired.
+    """
 
     def of_middles(*resampled: np.ndarray, axis: int = -1) -> np.ndarray:
-        return of_each(*(middle(x, axis=axis) for x in resampled))
+        return statistic(*(middle(x, axis=axis) for x in resampled))
 
     arrays = [np.asarray(x) for x in samples]
     value = float(of_middles(*arrays))
@@ -63,7 +63,7 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> Interval:
     return _bootstrap([above, below], lambda a, b: a / b)
 
 
-def of_means(*samples: Sequence[float], statistic: Callable[..., float] = lambda x: x) -> Interval:
+def of_means(*samples: Sequence[float], statistic: Callable[..., np.ndarray] = lambda x: x) -> Interval:
     """Of a function of means, all of the same sequences or seeds, which are resampled together."""
     if min(len(x) for x in samples) < 2:
         raise LookupError("one sample alone has no interval")
@@ -89,7 +89,7 @@ def crossover(above: Times, below: Times) -> Interval | None:
         share = -over[last] / (over[last + 1] - over[last])
         return float(sizes[last] * (sizes[last + 1] / sizes[last]) ** share)
 
-    found = _bootstrap([above[n] for n in sizes] + [below[n] for n in sizes], where)
+    found = _bootstrap([above[n] for n in sizes] + [below[n] for n in sizes], np.vectorize(where, otypes=[float]))
     return Interval(found.value, min(found.low, sizes[-1]), max(found.high, sizes[0]))
 
 
@@ -104,18 +104,23 @@ class PowerLaw:
     sizes: tuple[int, ...]
 
 
-def _affine(n: np.ndarray, t: np.ndarray) -> tuple[float, float, float, float]:
-    """a, b, p of least squares in (a + b nᵖ)/t - 1, and the largest of these; for every p, a and b are a linear fit."""
-    p = np.arange(10, 401)[:, None] / 100
-    x, u = n**p / t, np.broadcast_to(1 / t, (len(p), len(t)))  # [P, sizes]
-    uu, ux, xx, sum_u, sum_x = ((y * z).sum(1) for y, z in ((u, u), (u, x), (x, x), (u, 1), (x, 1)))
+def _affine(n: np.ndarray, t: np.ndarray) -> tuple[np.ndarray, ...]:
+    """a, b, p of least squares in (a + b nᵖ)/t - 1 for each row of t [..., sizes], and the largest of these; for every
+    p, a and b are a linear fit.
+    """
+    p = np.arange(10, 401) / 100
+    u, powers = 1 / t, n[:, None] ** p  # [..., sizes], [sizes, P]
+    uu, sum_u = (u * u).sum(-1, keepdims=True), u.sum(-1, keepdims=True)
+    ux, xx, sum_x = (u * u) @ powers, (u * u) @ powers**2, u @ powers  # [..., P], of x = nᵖ/t
     det = uu * xx - ux**2
     a, b = (xx * sum_u - ux * sum_x) / det, (uu * sum_x - ux * sum_u) / det
     proportional = (a < 0) | (b < 0)
     a, b = np.where(proportional, 0, a), np.where(proportional, sum_x / xx, b)
-    off = a[:, None] * u + b[:, None] * x - 1
-    best = int((off**2).sum(1).argmin())
-    return float(a[best]), float(b[best]), float(p[best, 0]), float(np.abs(off[best]).max())
+    squares = a * a * uu + b * b * xx + 2 * (a * b * ux - a * sum_u - b * sum_x)  # and one for each size
+    best = squares.argmin(-1)[..., None]
+    a, b = (np.take_along_axis(y, best, -1) for y in (a, b))
+    off = (a + b * n ** p[best]) * u - 1
+    return a[..., 0], b[..., 0], p[best[..., 0]], np.abs(off).max(-1)
 
 
 def power_law(times: Times) -> PowerLaw | None:
@@ -124,8 +129,8 @@ def power_law(times: Times) -> PowerLaw | None:
     if len(sizes) < 4:
         return None
     n = np.asarray(sizes, dtype=float) / sizes[-1]
-    exponent = _bootstrap([times[size] for size in sizes], lambda *medians: _affine(n, np.asarray(medians))[2])
-    fixed, factor, p, residual = _affine(n, np.asarray([float(np.median(times[size])) for size in sizes]))
+    exponent = _bootstrap([times[size] for size in sizes], lambda *medians: _affine(n, np.stack(medians, -1))[2])
+    fixed, factor, p, residual = map(float, _affine(n, np.asarray([np.median(times[size]) for size in sizes])))
     return PowerLaw(fixed, factor / sizes[-1] ** p, exponent, residual, tuple(sizes))
 
 
@@ -135,4 +140,4 @@ def local_slope(times: Times, size: int) -> Interval | None:
     if size not in sizes[1:-1]:
         return None
     before, after = sizes[sizes.index(size) - 1], sizes[sizes.index(size) + 1]
-    return _bootstrap([times[before], times[after]], lambda a, b: float(np.log(b / a) / np.log(after / before)))
+    return _bootstrap([times[before], times[after]], lambda a, b: np.log(b / a) / np.log(after / before))

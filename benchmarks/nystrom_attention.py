@@ -45,9 +45,13 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Of the products with landmarks; thrice with their gradients. The inverse does not grow with the length."""
-        forward = 8 * self.batch * self.length * self.heads * self.landmarks * self.head_dim
-        return forward * (3 if self.what == "both" else 1)
+        """Of the products with landmarks, of six steps of the inverse and of the convolution; of exact attention, where
+        no more tokens than landmarks are. Thrice with their gradients.
+        """
+        n, m, d = self.length, self.landmarks, self.head_dim
+        forward = 4 * n * n * d if n <= m else 8 * n * m * d + 4 * m * m * d + 48 * m**3
+        forward += 2 * KERNEL * n * d if self.convolution else 0
+        return self.batch * self.heads * forward * (3 if self.what == "both" else 1)
 
     @property
     def work(self) -> int:
@@ -94,6 +98,14 @@ def sweep(device: str) -> list[Case]:
         for variant, how in variants.items()
         for n in range(8, 17, 2 if variant else 1)
     ]
+
+
+def over_landmarks(device: str) -> tuple[str, dict[str, int]]:
+    """The place of results, and the landmarks of those cases in it that differ by these alone."""
+    where, base, found = "timings", BASE, cases(device)
+    if device != "cpu":
+        where, base, found = "growth", replace(LARGE, batch=1), sweep(device)
+    return where, {c.name: c.landmarks for c in found if replace(c, name=base.name, landmarks=base.landmarks) == base}
 
 
 def shared(device: str) -> list[Case]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
-from . import figures, fits, models, units
+from . import figures, fits, models, nystrom_attention, units
 from .claims import FAILS, HOLDS
 from .claims import figures as claim_figures
-from .claims.cost import place
-from .claims.evidence import Evidence
+from .claims.cost import added, place
 from .figures import Figure, Measured, of_bound
 
 Results = dict[str, Any]
@@ -81,6 +81,8 @@ def growth(results: Results, *, rows: str = "growth", of: str = "", small: bool 
     limit = results["limit"]
     series: dict[str, dict[int, float]] = {}
     cells: dict[str, dict[int, str]] = {}
+    times: dict[str, dict[int, list[float]]] = {}
+    versions: dict[str, str] = {}
     for row in sorted(measured(results.get(rows, [])), key=lambda r: r["length"]):
         if variant(row) != of:
             continue
@@ -88,34 +90,68 @@ def growth(results: Results, *, rows: str = "growth", of: str = "", small: bool 
         series.setdefault(name, {})[n] = seconds * 1e3
         cells.setdefault(name, {})[n] = f"{units.time(seconds)}, {units.short(row['rate'] / 1e9)} G{results['unit']}/s"
         cells[name][n] += f" ({of_bound(row)})" if of_bound(row) else ""
+        versions |= {name: row["version"]} if row.get("version") else {}
+        if "times" in row:
+            times.setdefault(name, {})[n] = row["times"]
     if limit not in series:
         return None
-    see = "Once a call's fixed cost is paid, a line runs parallel to the limit's, whose work grows as the operator's."
+    see = "Look whether, past a fixed cost, a line is parallel to the limit's, whose work grows as the operator's."
     if small:
         rivals = [n for n in series if not figures.ours(n) and n != limit][:2]
         mine = [n for n in series if figures.ours(n) and "reference" not in n][:1]
         series = {n: series[n] for n in (*mine, limit, *rivals)}
-        see = f"{results['op']}: milliseconds against tokens, by {', '.join(series)}"
+        see, times = f"{results['op']}: milliseconds against tokens, by {', '.join(series)}", {}
     elif rows == "shared":
         see = "The same number of tokens in longer and fewer sequences: what is level is linear in n."
     else:
         see += overtaken(results, of)
-    return figures.lines(series, see, "tokens n", "milliseconds", dotted=[limit], small=small, cells=cells)
+    return figures.lines(
+        series,
+        see,
+        "tokens n",
+        "milliseconds",
+        dotted=[limit],
+        small=small,
+        cells=cells,
+        versions=versions,
+        times=times,
+    )
 
 
-def growth_fits(results: Results) -> list[dict[str, Any]]:
-    """Per contender the law t = a + b nᵖ that its times follow, if they were kept and are enough."""
+def landmarks(results: Results) -> Figure | None:
+    """Of Nyström attention: time against landmarks, of cases that differ by these alone."""
+    where, sizes = nystrom_attention.over_landmarks(results["environment"]["device_kind"])
     times: dict[str, dict[int, list[float]]] = {}
-    for row in measured(results.get("growth", [])):
-        if "times" in row:
-            name = ", ".join(filter(None, (row["contender"], variant(row))))
-            times.setdefault(name, {})[row["length"]] = row["times"]
+    versions: dict[str, str] = {}
+    for row in measured(results.get(where, [])):
+        if row["case"] in sizes and "times" in row and row["contender"] != results["limit"]:
+            times.setdefault(row["contender"], {})[sizes[row["case"]]] = row["times"]
+            versions |= {row["contender"]: row["version"]} if row.get("version") else {}
+    series = {name: figures.median_milliseconds(mine) for name, mine in times.items()}
+    if not series:
+        return None
+    see = "Look whether a line rises with the landmarks or faster: products with them grow as m, the inverse as m³."
+    return figures.lines(series, see, "landmarks m", "milliseconds", versions=versions, times=times)
+
+
+def products(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Of each call that has them: operations as the specification, torch's counter and the meter have them; if they
+    differ by what they are said to, and no fewer bytes are moved than have to be, they agree.
+    """
     found = []
-    for contender, mine in times.items():
-        law = fits.power_law(mine)
-        if law is not None:
-            slopes = [fits.local_slope(mine, n) for n in law.sizes[1:-1]]
-            found.append({"contender": contender, "law": law, "slopes": [s.value for s in slopes if s is not None]})
+    for row in rows:
+        if "flops" not in row:
+            continue
+        flops, moved = row["flops"], row["loaded"] + row["stored"]
+        cells = {"call": f"{row['op']}, {row['case']}", "flops": f"{flops / 1e6:.2f}"}
+        cells["moved"] = f"{moved / row['least']:.2f}×"
+        agree = moved >= row["least"]
+        for key, counted in (("torch", row["torch"]), ("triton", row["dot_flops"])):
+            beside = row[f"beside_{key}"]
+            cells[key] = f"{counted / flops:.2f}×"
+            cells[f"beside_{key}"] = "; ".join(f"{extra / flops:+.2f}: {why}" for why, extra in beside.items()) or "–"
+            agree = agree and counted == flops + sum(beside.values())
+        found.append(cells | {"verdict": HOLDS if agree else FAILS})
     return found
 
 
@@ -123,10 +159,9 @@ def tables(rows: list[dict[str, Any]]) -> Figure:
     """The largest error of a cosine up to a position."""
     named = {"phase in float32": "float32_phase", "kx.rope_tables": "ours"}
     series = {name: {r["position"]: r[key] for r in rows} for name, key in named.items()}
-    see = (
-        "A phase computed in float32 loses the fast angles long before position one million; one computed in float64 "
-        "stays at the rounding of float32."
-    )
+    last = max(rows, key=lambda r: r["position"])
+    told = " and ".join(f"{last[key]:.1g} by {name}" for name, key in named.items())
+    see = f"The phase in float32, or in float64 and rounded at the end. At position {last['position']:,}: {told}."
     return figures.lines(series, see, "position", "largest error of cos")
 
 
@@ -142,8 +177,9 @@ def operator(results: Results) -> dict[str, Any]:
         },
         "speed": speed(results),
         "growth": grown(results, "growth"),
-        "fits": growth_fits(results),
         "shared": grown(results, "shared"),
+        "landmarks": landmarks(results) if results["op"] == "nystrom_attention" else None,
+        "products": products(results["counts"]),
         "tables": tables(results["tables"]) if results.get("tables") else None,
     }  # fmt: skip
 
@@ -163,6 +199,8 @@ def layer_times(results: Results, level: str, width: int, what: str) -> Figure |
     forward = {(r["length"], r["by"]): r for r in rows if r["name"] == "feed-forward"}
     series: dict[str, dict[int, float]] = {}
     cells: dict[str, dict[int, str]] = {}
+    times: dict[str, dict[int, list[float]]] = {}
+    versions: dict[str, str] = {}
     for row in rows:
         name, n, beside = row["name"], row["length"], []
         if _whole(name, level):
@@ -174,17 +212,20 @@ def layer_times(results: Results, level: str, width: int, what: str) -> Figure |
         together = [row, *beside]
         seconds = sum(r["seconds"]["median"] for r in together)
         cells.setdefault(name, {})[n] = units.time(seconds)
+        if all(r.get("version") for r in together):
+            versions[name] = ", ".join(dict.fromkeys(r["version"] for r in together))
         if all(r.get("bound") for r in together):
             cells[name][n] += f" ({sum(r['bound'] for r in together) / seconds:.2f})"
         if row["name"] in DRAWN and (row["by"] in ("ours", "fused") or row["name"] in BESIDE):
             series.setdefault(name, {})[n] = seconds * 1e3
+            times.setdefault(name, {})[n] = added(*({n: r["times"]} for r in together))[n]
     lengths = {n for points in series.values() for n in points}
     if len(lengths) < 2:
         return None
     see = _fastest({name: points for name, points in series.items() if not name.startswith(BESIDE[1:])})
     if any("(" in cell for points in cells.values() for cell in points.values()):
         see += " In the table, in brackets: how much of its roofline each time is."
-    return figures.lines(series, see, "tokens n", "milliseconds", cells=cells)
+    return figures.lines(series, see, "tokens n", "milliseconds", cells=cells, versions=versions, times=times)
 
 
 def _fastest(series: dict[str, dict[int, float]]) -> str:
@@ -217,11 +258,42 @@ def layer_memory(results: Results, level: str) -> Figure | None:
     return figures.dots(series, see, "MB")
 
 
+BATCH = "Of a batch of 8, if nothing else is said"
+
+
+def _grown(series: dict[str, dict[int, float]], told: Callable[[float], str]) -> str:
+    """What each is at the shortest and at the longest context that it was measured at."""
+    ends = {name: (min(points), max(points)) for name, points in series.items()}
+    return "; ".join(
+        f"{name}, {told(series[name][first])} at {first:,} and {told(series[name][last])} at {last:,}"
+        for name, (first, last) in ends.items()
+    )
+
+
+def decoding(results: Results) -> Figure | None:
+    rows = measured(results["decoding"])
+    times: dict[str, dict[int, list[float]]] = {}
+    cells: dict[str, dict[int, str]] = {}
+    versions: dict[str, str] = {}
+    for row in rows:
+        name, n = claim_figures.decoder(row["name"]), row["length"]
+        times.setdefault(name, {})[n] = row["times"]
+        share = f" ({of_bound(row)})" if of_bound(row) else ""
+        cells.setdefault(name, {})[n] = units.time(row["seconds"]["median"]) + share
+        versions |= {name: row["version"]} if row.get("version") else {}
+    if not rows:
+        return None
+    series = {name: figures.median_milliseconds(mine) for name, mine in times.items()}
+    see = f"{BATCH}: {_grown(series, lambda x: units.time(x / 1e3))}."
+    see += " In the table, in brackets: how much of its roofline each time is." if "bound" in rows[0] else ""
+    return figures.lines(series, see, "context", "milliseconds", cells=cells, versions=versions, times=times)
+
+
 def decoding_memory(results: Results) -> Figure:
     series: dict[str, dict[int, float]] = {}
     for row in results["decoding"]:
         series.setdefault(claim_figures.decoder(row["name"]), {})[row["length"]] = row["bytes"] / 1e6
-    see = "Of a batch of 8, if nothing else is said: a state stays as large as it began, a cache grows with each token."
+    see = f"{BATCH}: {_grown(series, lambda x: units.size(x * 1e6))}."
     return figures.lines(series, see, "context", "MB")
 
 
@@ -252,7 +324,7 @@ def layers(results: Results) -> list[tuple[str, Figure]]:
         found.append(("Memory of layers", layer_memory(results, "layer")))
         found.append(("Memory of mixing tokens", layer_memory(results, "mixing")))
     if "decoding" in results:
-        found.append(("Decoding, time per token", claim_figures.decoding(Evidence({"layers": results}))))
+        found.append(("Decoding, time per token", decoding(results)))
         found.append(("Decoding, memory", decoding_memory(results)))
     if "rotary" in results:
         found.append(("Rotary embedding", rotary(results)))
@@ -263,7 +335,7 @@ def missing(parts: dict[str, Results]) -> list[list[str]]:
     """Rows without a number, beside those of the tables of operators: what, of whom, and why."""
     found = []
     for results in parts.values():
-        for where in ("growth", "shared", "memory", "times", "decoding", "rotary"):
+        for where in ("growth", "shared", "host", "memory", "times", "training", "decoding", "rotary"):
             for row in results.get(where, []):
                 if "reason" in row and row.get("kind") != "limit":
                     what = row.get("case") or ", ".join(

@@ -137,10 +137,11 @@ def host_times(op: Any, device: str, quick: bool) -> list[dict[str, Any]]:
     ]
     found = []
     for contender, call in contest.calls(op, [inputs], mine):
-        if isinstance(call, str):
-            continue
         for gradient in (False, True) if op.HOST_GRADIENTS else (False,):
             row = {"case": case.name, "contender": contender.name, "gradient": gradient}
+            if isinstance(call, str):
+                found.append(row | {"reason": call})
+                continue
             leaves = [x.detach().requires_grad_(gradient) for x in inputs.leaves]
             try:
                 function = contender.prepare(inputs)
@@ -165,8 +166,8 @@ def memory(op: Any, case: Any, device: str, compiled: bool, allowed: float) -> l
             continue
         try:
             found.append(row | _held(contender, inputs, device))
-        except contest.Missing:
-            continue
+        except contest.Missing as missing:
+            found.append(row | {"reason": str(missing)})
         except Exception as error:
             found.append(row | {"reason": measure.reason(error)})
     return found
@@ -245,7 +246,7 @@ def operator_steps(op: Any, name: str, device: str, quick: bool) -> Iterator[Ste
     yield Step("accuracy", "accuracy", lambda s: accuracy.measure(name, device, quick, s), 1 if quick else 25)
     if not quick:
         yield Step("", "extras", lambda _: op.extras(), 10)
-        yield Step("counts", "counts", lambda _: counts.measure(name, device), 15)
+        yield Step("counts", "counts", lambda _: counts.measure(name, device), 60 if name in counts.WITH else 20)
     no_code = "left out by --quick" if quick else CODE_ANYWHERE if device == "cpu" else codegen.available()
     yield Step("machine_code", "machine code", lambda _: machine_code(name, no_code), 0.1 if no_code else 30)
 

@@ -24,11 +24,12 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import compare, contest, fits, layers, measure, suite, units
-from benchmarks.claims import OPEN, all_claims, cost
+from benchmarks import compare, contest, counts, figures, fits, layers, measure, sections, suite, units
+from benchmarks.claims import FAILS, HOLDS, OPEN, all_claims, cost
 from benchmarks.claims.cost import flops
 from benchmarks.claims.evidence import Evidence
 from benchmarks.environment import ROOT
+from benchmarks.goals import Goal
 from kx_kernels._core import dispatch
 from kx_kernels._core.spec import all_specs
 from kx_kernels.testing.metering import metered
@@ -91,9 +92,13 @@ def seen(function: Callable[..., Any], *inputs: torch.Tensor) -> int:
 
 
 def landmarks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """What Nyström attention's products with landmarks are, without the inverse between them."""
+    """What Nyström attention's products are, with six steps of the inverse."""
     q, k, v, small = (x.transpose(1, 2) for x in (q, k, v, q[:, :64]))
-    return (q @ small.mT) @ ((small @ k.mT) @ v)
+    a = z = small @ small.mT
+    for _ in range(6):
+        x = a @ z
+        z = z @ (x @ (x @ x))
+    return (q @ small.mT) @ (z @ ((small @ k.mT) @ v))
 
 
 def counted_calls() -> Iterator[Any]:
@@ -136,13 +141,30 @@ def spec_call(name: str, inputs: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("name", suite.OPERATORS)
 def test_a_case_counts_what_the_specification_counts(name: str) -> None:
     """A row's bound is drawn from the same flops and bytes; queries of Nyström attention have to be read twice."""
-    op = suite.OPERATORS[name]
+    op, spec = suite.OPERATORS[name], SPECS[name]
     case = replace(op.cases("cpu")[0], length=256)
     inputs = op.Inputs(case, "cpu")
-    spec, call = SPECS[name], spec_call(name, inputs)
+    call = spec_call(name, inputs)
     assert case.flops == spec.flops(call)
     twice = inputs.leaves[0].nbytes if name == "nystrom_attention" else 0
     assert case.bytes_moved == spec.bytes(call) + twice
+
+
+@pytest.mark.parametrize("how", [{"landmarks": 32}, {"convolution": True}, {"length": 64}, {"length": 1}], ids=str)
+def test_nystrom_cases_count_what_the_specification_counts(how: dict[str, Any]) -> None:
+    op, spec = suite.OPERATORS["nystrom_attention"], SPECS["nystrom_attention"]
+    inputs = op.Inputs(replace(op.BASE, **{"length": 256, "heads": 2, **how}), "cpu")
+    call = spec_call("nystrom_attention", inputs)
+    call |= {} if inputs.weight is None else {"conv_weight": inputs.weight}
+    assert inputs.case.flops == spec.flops(call)
+
+
+def test_nystrom_products_are_those_of_the_formula() -> None:
+    """Per head 4nmd + nm² + m²d + 24m³ multiplications, but Z with m rows of values in the place of nm²."""
+    op = suite.OPERATORS["nystrom_attention"]
+    for n, m, d in ((512, 64, 64), (4096, 256, 64)):
+        case = replace(op.BASE, length=n, landmarks=m, heads=1)
+        assert case.flops == 2 * (4 * n * m * d + m * m * d + m * m * d + 24 * m**3)
 
 
 MOVED = {  # bytes that Triton's forward kernels move, at most, over those of the specification
@@ -155,18 +177,68 @@ MOVED = {  # bytes that Triton's forward kernels move, at most, over those of th
 }
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
+
+
+@interpreted
 @pytest.mark.parametrize("name", SPECS)
-def test_kernels_move_the_bytes_that_their_specification_counts(name: str) -> None:
-    """No fewer, and at most so many times as many as the table says."""
+def test_counts_agree(name: str) -> None:
+    """Products of the specification, of torch's counter and of the meter, but for what is said of each; bytes no fewer
+    than the specification's, and at most so many times as many as the table says.
+    """
+    found = [row for row in counts.rows(SPECS[name]) if "flops" in row]
+    assert len(found) == len(SPECS[name].metered())
+    for row, shown in zip(found, sections.products(found), strict=True):
+        assert row["torch"] == row["flops"] + sum(row["beside_torch"].values()), row["case"]
+        assert row["dot_flops"] == row["flops"] + sum(row["beside_triton"].values()), row["case"]
+        assert 1 <= (row["loaded"] + row["stored"]) / row["least"] <= MOVED[name], row["case"]
+        assert shown["verdict"] == HOLDS
+
+
+ODD = {  # sizes that no tile divides, and forms in which an operator's count is another
+    "linear_attention": [
+        {"batch": 2, "length": 100, "heads": 4, "kv_heads": 2, "key_dim": 24, "value_dim": 40},
+        {"batch": 1, "length": 100, "heads": 2, "kv_heads": 1, "key_dim": 128, "value_dim": 200, "causal": False},
+        {"batch": 1, "length": 70, "normalize": False},
+    ],
+    "gau_attention": [
+        {"batch": 1, "queries": 200, "key_dim": 24, "value_dim": 40, "causal": True},
+        {"batch": 2, "queries": 140, "key_dim": 24, "value_dim": 40},
+    ],
+    "mixed_chunk_attention": [
+        {"batch": 2, "length": 100, "chunk": 40, "key_dim": 24, "value_dim": 40, "causal": True},
+        {"batch": 1, "length": 100, "chunk": 40, "key_dim": 24, "value_dim": 40},
+    ],
+    "nystrom_attention": [
+        {"queries": 100, "heads": 1, "dim": 24, "value_dim": 40, "landmarks": 12, "iterations": 2, "conv": 5},
+        {"batch": 1, "queries": 300, "heads": 1, "dim": 72, "value_dim": 40, "landmarks": 48, "iterations": 1},
+        {"batch": 1, "queries": 30, "keys": 70, "iterations": 3},
+    ],
+}
+
+
+@interpreted
+@pytest.mark.parametrize(("name", "how"), [(name, how) for name, hows in ODD.items() for how in hows], ids=str)
+def test_what_counts_differ_by_is_a_formula_of_all_sizes(name: str, how: dict[str, Any]) -> None:
     spec = SPECS[name]
+    case = type(spec.cases[spec.example])(**how)
+    call = spec.make(case, torch.float32, torch.device("cpu"), 0)
     api = importlib.import_module(spec.function.__module__)
-    triton = next(b for b in api.backends() if b.name == "triton")
-    for case, call in spec.metered().items():
-        with metered() as meter:
-            next(iter(spec.passes(triton, api.problem(**call))))
-        times = (meter.loaded + meter.stored) / spec.bytes(call)
-        assert 1 <= times <= MOVED[name], f"{case}: {times:.2f}"
+    problem = api.problem(**call)
+    with metered() as meter:
+        next(iter(spec.passes(next(b for b in api.backends() if b.name == "triton"), problem)))
+    assert meter.dot_flops == spec.flops(call) + sum(spec.beside_triton(call, problem).values())
+    assert counts.seen(spec, call) == spec.flops(call) + sum(spec.beside_torch(call).values())
+    assert meter.loaded + meter.stored >= spec.bytes(call)
+
+
+def test_counts_that_differ_are_said_to() -> None:
+    row = {"op": "rope", "case": "x", "flops": 100, "torch": 150, "beside_torch": {"half of them twice": 50}}
+    row |= {"dot_flops": 120, "beside_triton": {"tiles": 20}, "loaded": 8, "stored": 4, "least": 10}
+    assert sections.products([row])[0]["verdict"] == HOLDS
+    for change in ({"torch": 151}, {"dot_flops": 119}, {"flops": 99}, {"loaded": 5}, {"beside_triton": {}}):
+        assert sections.products([row | change])[0]["verdict"] == FAILS
+    assert sections.products([{"case": "of an earlier run", "dot_flops": 120}]) == []
 
 
 @pytest.mark.parametrize(
@@ -204,6 +276,68 @@ def test_a_power_law_is_found(exponent: float, fixed: float) -> None:
     assert law.exponent.low - 0.05 <= exponent <= law.exponent.high + 0.05
     assert law.residual < 0.1
     assert fits.power_law(noisy(lambda n: 1.0, (1, 2, 4))) is None
+
+
+def test_laws_are_told_with_all_their_numbers() -> None:
+    times = {"ours": noisy(lambda n: 1e-3 + 2e-6 * n), "too few": noisy(lambda n: 1.0, (1, 2, 4))}
+    (row,) = figures.laws(times)
+    name, exponent, fixed, factor, residual, window, slopes = row
+    law = fits.power_law(times["ours"])
+    assert law is not None
+    assert (name, window) == ("ours", "128 … 4,096")
+    assert exponent == f"{law.exponent.value:.3g} ({law.exponent.low:.3g}–{law.exponent.high:.3g})"
+    assert (fixed, residual) == (units.time(law.fixed), f"{law.residual:.0%}")
+    assert float(factor.removesuffix(" s")) * 4096**law.exponent.value == pytest.approx(2e-6 * 4096, rel=0.2)
+    expected = [fits.local_slope(times["ours"], n) for n in law.sizes[1:-1]]
+    assert slopes == ", ".join(f"{slope.value:.2f}" for slope in expected if slope is not None)
+    assert figures.lines({"ours": {1: 1.0}}, "", "n", "ms", times=times).laws == [row]
+
+
+def test_laws_without_noise_are_found_exactly() -> None:
+    sizes = np.asarray([128.0, 256, 512, 1024, 2048])
+    found = fits._affine(sizes, np.stack([3 + 2 * sizes**1.5, 0.5 * sizes**2]))
+    assert np.allclose(found, [[3, 0], [2, 0.5], [1.5, 2], [0, 0]], atol=1e-6)
+
+
+@pytest.mark.parametrize(("device", "where"), [("cpu", "timings"), ("cuda", "growth")])
+def test_landmarks_have_a_law_of_cases_that_differ_by_them_alone(device: str, where: str) -> None:
+    op = suite.OPERATORS["nystrom_attention"]
+    places, sizes = op.over_landmarks(device)
+    assert places == where
+    assert sorted(sizes.values()) == [32, 64, 128, 256]
+    every = {"timings": op.cases(device), "growth": op.sweep(device)}[where]
+    rows = [
+        {"case": c.name, "contender": "kx cpu", "seconds": {"median": 1.0}, "times": [1e-6 * c.landmarks**2] * 3}
+        for c in every
+    ]
+    results = {"op": "nystrom_attention", "limit": op.LIMIT, "environment": {"device_kind": device}, where: rows}
+    figure = sections.landmarks(results)
+    assert figure is not None
+    assert figure.columns[1:] == ["32", "64", "128", "256"]
+    assert [row[:2] for row in figure.laws] == [["kx cpu", "2"]]
+
+
+def test_layers_and_decoding_are_told_by_what_was_measured() -> None:
+    """A state that grew, and a cache that did not, are said to; each with its version, laws over n beside."""
+    sizes = (256, 512, 1024, 2048)
+    spread = {"median": 1e-3, "low": 1e-3, "high": 1e-3}
+    timed = {"seconds": spread, "times": [1e-3] * 3, "version": "torch 0"}
+    decoding = [
+        {"name": name, "length": n, "bytes": size(n), **timed}
+        for name, size in (("linear attention, state", lambda n: n), ("cache", lambda n: 5))
+        for n in sizes
+    ]
+    part = {"name": "attention", "by": "fused", "level": "mixing", "width": 8, "what": "forward"}
+    drawn = dict(sections.layers({"times": [{**part, "length": n, **timed} for n in sizes], "decoding": decoding}))
+    assert "state, ours, 256 B at 256 and 2.05 kB at 2,048" in drawn["Decoding, memory"].see
+    assert "cache, 5 B at 256 and 5 B at 2,048" in drawn["Decoding, memory"].see
+    for title in ("Mixing tokens alone, width 8, forward", "Decoding, time per token"):
+        assert drawn[title].columns[1] == "version"
+        assert {row[1] for row in drawn[title].rows} == {"torch 0"}
+        assert drawn[title].laws
+    for row in decoding:
+        del row["version"]  # as earlier runs have it
+    assert sections.decoding({"decoding": decoding}).columns[1] == "256"
 
 
 def test_crossovers() -> None:
@@ -489,6 +623,48 @@ def test_goals_of_both_devices_are_listed() -> None:
         assert {goal.verdict([empty])["verdict"] for goal in op.goals()} == {"not measured here"}
 
 
+@pytest.mark.parametrize(
+    ("measured", "at_least", "at_most"),
+    [
+        ((3.0, 2.5, 3.5), "holds", "fails"),
+        ((3.0, 1.9, 3.5), "at its edge", "at its edge"),
+        ((1.9, 1.5, 2.1), "at its edge", "at its edge"),
+        ((1.9, 1.5, 1.95), "fails", "holds"),
+        ((2.0, 2.0, 2.0), "holds", "holds"),
+    ],
+)
+def test_quartiles_decide_a_goal(measured: tuple[float, float, float], at_least: str, at_most: str) -> None:
+    here = {"environment": {"device": "", "device_kind": "cpu"}}
+    for most, verdict in ((False, at_least), (True, at_most)):
+        goal = Goal("", contest.on("cpu"), "x", 2.0, "×", lambda _: measured, at_most=most)
+        assert goal.verdict([here])["verdict"] == verdict
+
+
+def test_who_is_missing_has_a_row_that_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of host times and of memory as well; and the page lists it."""
+    op = suite.OPERATORS["nystrom_attention"]
+
+    def absent(_: Any) -> Any:
+        raise contest.Missing("it does not import here")
+
+    right = next(c for c in op.CONTENDERS if c.name == "torch eager")
+    small = replace(op.BASE, length=128, heads=1)
+    monkeypatch.setattr(op, "cases", lambda device: [small])
+    for broken, why in ((absent, "it does not import here"), (no_room, "OutOfMemoryError: no room for 9 GB")):
+        mine = [right, contest.Contender("broken", "torch", broken)]
+        monkeypatch.setattr(op, "contenders", lambda case, mine=mine: mine)
+        host, memory = suite.host_times(op, "cpu", quick=True), suite.memory(op, small, "cpu", False, 60)
+        for rows in (host, memory):
+            assert [row["contender"] for row in rows] == ["torch eager", "broken"]
+            assert "reason" not in rows[0]
+            assert rows[1]["reason"].endswith(why)
+        check_schema(host=host, memory=memory)
+        listed = sections.missing({"nystrom_attention": {"op": "nystrom_attention", "host": host, "memory": memory}})
+        assert [(row[0], row[2]) for row in listed] == [
+            ("nystrom_attention, host", "broken"), ("nystrom_attention, memory", "broken"),
+        ]  # fmt: skip
+
+
 def test_every_time_has_its_roofline() -> None:
     roofline = {"bytes_per_second": 1e9, "flops_per_second": {"float32": 1e9}}
     rows = [*layers.decoding(64, "cpu", 0.01, 60), *layers.rotary("cpu", 0.01, True, 60)]
@@ -662,6 +838,29 @@ def test_kept_results_are_as_their_schema_says(file: Path) -> None:
     del broken["environment"]
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(broken, schema)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_place_that_a_run_writes_is_in_the_schema(device: str) -> None:
+    schema = json.loads((ROOT / "benchmarks" / "results" / "schema.json").read_text())
+    known = {place for place, told in schema["properties"].items() if told.get("description")}
+    for name in suite.NAMES:
+        places = {step.where for step in suite.steps(name, device, quick=False)} - {""}  # of extras, which say it
+        assert places <= known, name
+    with pytest.raises(jsonschema.ValidationError, match="elsewhere"):
+        check_schema(elsewhere=[])
+
+
+def test_what_a_whole_run_and_extras_write_is_in_the_schema(steps: Steps) -> None:
+    found = suite.run(["rope"], "cpu", quick=True)["rope"]
+    assert found.pop("rows")
+    check_schema(**found)
+    for name in ("rope", "gau_attention"):
+        check_schema(**suite.OPERATORS[name].extras())
+    with pytest.raises(jsonschema.ValidationError):
+        check_schema(trained=[{"name": "gau", "loss": 1.0}])
+    with pytest.raises(jsonschema.ValidationError):
+        check_schema(counts=[{"backend": "triton", "case": "x", "pass": "forward", "launches": 1, "flops": 3}])
 
 
 def test_the_kept_run_is_read_before_it_is_measured_again(

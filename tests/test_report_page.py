@@ -68,6 +68,18 @@ def test_the_summary_answers_every_claim(page: Path) -> None:
 
 
 @kept_only
+def test_the_summary_has_limits_versions_layers_and_decoding(page: Path, results: Path) -> None:
+    text = page.with_name("summary.md").read_text()
+    best = render.load()[0]
+    assert text.count("Roofline, reached in this run:") == sum("roofline" in r for r in best.values())
+    for name, version in best["linear_attention"]["versions"].items():
+        assert f"{name} {version or 'not installed'}" in text
+    for title, figure in sections.layers(best["layers"]):
+        assert f"### {title}\n\n{figure.see}\n\n| {' | '.join(figure.columns)} |\n|---|" in text
+        assert f"| {' | '.join(figure.rows[-1])} |\n" in text
+
+
+@kept_only
 def test_the_best_measured_device_comes_first(results: Path) -> None:
     """Not the newest; and a device whose steps failed is drawn as well."""
     best, lesser = render.load()

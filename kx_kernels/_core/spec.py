@@ -49,6 +49,9 @@ class OpSpec:
     make(case, dtype, device, seed): the arguments of a call, as keywords of `function` and of `reference`.
     passes(backend, problem): runs one pass after the other, and names each when it is done.
     flops(call), bytes(call): of the least work that computes it, counting each input and output once.
+    beside_torch(call), beside_triton(call, problem): floating-point operations beyond `flops`, by why there are more or
+        fewer of them: of those that torch's counter sees of the reference, and of those that the dots of Triton's
+        forward kernels do, without masks and packed sequences.
     """
 
     name: str
@@ -67,6 +70,8 @@ class OpSpec:
     bad_calls: Sequence[BadCall]
     flops: Callable[[Call], int]
     bytes: Callable[[Call], int]
+    beside_torch: Callable[[Call], Mapping[str, int]]  # see above
+    beside_triton: Callable[[Call, Any], Mapping[str, int]]  # see above
     codegen: Callable[[], Mapping[str, Call]]  # calls, on the meta device, whose machine code is checked
     metered: Callable[[], Mapping[str, Call]]  # small calls whose launches and bytes are counted
     passes: Callable[[Any, Any], Iterator[str]]  # see above
@@ -85,6 +90,16 @@ class OpSpec:
         given, wide = call[self.differentiable[0]].dtype, torch.promote_types(dtype, torch.float32)
         change = {n: call[n] for n in self.differentiable if n in call}
         return call | pytree.tree_map_only(torch.Tensor, lambda x: x.to(dtype if x.dtype == given else wide), change)
+
+
+def no_products(flops: Callable[[Call], int]) -> Callable[..., dict[str, int]]:
+    """What is beside the operations of an operator without matrix products."""
+    return lambda call, problem=None: {"no matrix products, which alone are counted": -flops(call)}
+
+
+def tiled(count: int, tile: int) -> int:
+    """How many there are in whole tiles."""
+    return -(-count // tile) * tile
 
 
 def all_specs() -> list[OpSpec]:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._core.spec import BadCall, Call, KernelPromise, OpSpec
+from ..._core import triton
+from ..._core.spec import BadCall, Call, KernelPromise, OpSpec, tiled
 from ._problem import GauProblem
 from .api import gau_attention
 from .presets import ACTIVATIONS
@@ -296,6 +297,28 @@ def bytes_(call: Call) -> int:
     return (q.numel() + k.numel() + v.numel() + wide * (2 if "gate" in call else 1)) * q.itemsize
 
 
+def beside_torch(call: Call) -> dict[str, int]:
+    return {"scores of keys to come, made and masked": flops(call)} if call["causal"] else {}
+
+
+def beside_triton(call: Call, problem: GauProblem) -> dict[str, int]:
+    """Where scores are made on chip, once for each slice of the columns of values."""
+    from . import _triton
+
+    launch = _triton.Launch(problem)
+    sizes, shift = launch.sizes, launch.n_k - launch.n_q
+    ends = (min(first + sizes.rows, launch.n_q) + shift for first in range(0, launch.n_q, sizes.rows))
+    seen = [max(end, 0) if problem.causal else launch.n_k for end in ends]
+    pairs = launch.batch * launch.heads * sum(sizes.rows * tiled(keys, sizes.short) for keys in seen)
+    columns = triton.block(launch.e, sizes.columns)
+    slices = -(-launch.e // columns)
+    scores = 2 * pairs * triton.block(launch.s, _triton.MAX_ON_CHIP_DIM)
+    again = (slices - 1) * scores
+    rest = scores + 2 * pairs * slices * columns - flops(call)
+    where = "tiles are whole, on the diagonal and at the ends" if problem.causal else "tiles are whole at the ends"
+    return {"scores are made again for each slice of columns": again, where: rest}
+
+
 def codegen() -> dict[str, Call]:
     """The sizes that the kernels are tuned for, with scores in a panel and on chip; and forms that add code."""
     wide = GauCase(batch=1, key_dim=128, value_dim=1536)
@@ -352,6 +375,8 @@ SPEC = OpSpec(
     bad_calls=BAD_CALLS,
     flops=flops,
     bytes=bytes_,
+    beside_torch=beside_torch,
+    beside_triton=beside_triton,
     codegen=codegen,
     metered=metered,
     passes=passes,

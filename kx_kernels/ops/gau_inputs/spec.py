@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._core.spec import BadCall, Call, KernelPromise, OpSpec
+from ..._core.spec import BadCall, Call, KernelPromise, OpSpec, no_products
 from ._problem import GauInputsProblem
 from .api import gau_inputs
 from .reference import gau_inputs as reference
@@ -307,6 +307,8 @@ SPEC = OpSpec(
     bad_calls=BAD_CALLS,
     flops=flops,
     bytes=bytes_,
+    beside_torch=no_products(flops),
+    beside_triton=no_products(flops),
     codegen=codegen,
     metered=metered,
     passes=passes,

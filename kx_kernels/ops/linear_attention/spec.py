@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._core.spec import BadCall, Call, KernelPromise, OpSpec
+from ..._core.spec import BadCall, Call, KernelPromise, OpSpec, tiled
 from ._problem import LinearAttentionProblem
 from .api import linear_attention
 from .reference import eager
@@ -285,6 +285,29 @@ def bytes_(call: Call) -> int:
     return (q.numel() + k.numel() + v.numel() + v.numel() * q.shape[-2] // k.shape[-2]) * q.itemsize
 
 
+def beside_torch(call: Call) -> dict[str, int]:
+    q, v = call["q"], call["v"]
+    weighted = q.shape[-1] + v.shape[-1]
+    divided = q.shape[-1] + 1 if call["normalize"] else 0
+    found = 2 * math.prod(q.shape[:-1]) * q.shape[-3] * (weighted + divided)
+    return {"the definition has a weight of every key, and no state": found - flops(call)}
+
+
+def beside_triton(call: Call, problem: LinearAttentionProblem) -> dict[str, int]:
+    from . import _triton
+
+    launch = _triton.Launch(problem, None, None)
+    keys, values, slices = launch.slices("o")
+    batch, length, heads = problem.q.shape[:3]
+    rows = 2 * batch * tiled(length, launch.block_t) * slices
+    within = rows * heads * launch.block_t * (keys + values) if problem.causal else 0
+    states = rows * (2 * heads if problem.causal else heads + problem.k.shape[2]) * keys * values
+    return {
+        f"within chunks of {launch.block_t} tokens, all with all": within,
+        "states are those of every query's head, and tiles whole at the ends": states - flops(call),
+    }
+
+
 def codegen() -> dict[str, Call]:
     """The head dimensions that the kernels are tuned for in every dtype of tensor cores, and forms that add code."""
     calls = {}
@@ -335,6 +358,8 @@ SPEC = OpSpec(
     bad_calls=BAD_CALLS,
     flops=flops,
     bytes=bytes_,
+    beside_torch=beside_torch,
+    beside_triton=beside_triton,
     codegen=codegen,
     metered=metered,
     passes=passes,

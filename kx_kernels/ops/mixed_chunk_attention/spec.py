@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._core.spec import BadCall, Call, KernelPromise, OpSpec
+from ..._core import triton
+from ..._core.spec import BadCall, Call, KernelPromise, OpSpec, tiled
 from ._problem import MixedProblem
 from .api import mixed_chunk_attention
 from .presets import ACTIVATIONS
@@ -269,10 +270,16 @@ BAD_CALLS = (
 
 def flops(call: Call) -> int:
     """Of both products within chunks, half of them if causal, and of the sum of states and its product with queries."""
+    local, through = _products(call)
+    return local // (2 if call["causal"] else 1) + through
+
+
+def _products(call: Call) -> tuple[int, int]:
+    """Operations of those within chunks, of all tokens with all, and of those with states."""
     q, k, v = call["quad_q"], call["quad_k"], call["v"]
-    tokens, heads, wide = math.prod(q.shape[:-2]), q.shape[-2], q.shape[-1] + v.shape[-1]
-    local = 2 * tokens * min(call["chunk_size"], q.shape[-3]) * heads * wide // (2 if call["causal"] else 1)
-    return local + 2 * tokens * (heads + k.shape[-2]) * q.shape[-1] * v.shape[-1]
+    tokens, heads = math.prod(q.shape[:-2]), q.shape[-2]
+    local = 2 * tokens * min(call["chunk_size"], q.shape[-3]) * heads * (q.shape[-1] + v.shape[-1])
+    return local, 2 * tokens * (heads + k.shape[-2]) * q.shape[-1] * v.shape[-1]
 
 
 def bytes_(call: Call) -> int:
@@ -280,6 +287,41 @@ def bytes_(call: Call) -> int:
     q, k, v = call["quad_q"], call["quad_k"], call["v"]
     wide = math.prod(q.shape[:-1]) * v.shape[-1]
     return (2 * q.numel() + 2 * k.numel() + v.numel() + wide * (2 if "gate" in call else 1)) * q.itemsize
+
+
+def beside_torch(call: Call) -> dict[str, int]:
+    local, through = _products(call)
+    n = call["quad_q"].shape[-3]
+    filled = tiled(n, min(call["chunk_size"], n)) - n
+    return {
+        "scores of keys to come, made and masked": local // 2 if call["causal"] else 0,
+        "the last chunk is filled up": filled * (local + through) // n,
+    }
+
+
+def beside_triton(call: Call, problem: MixedProblem) -> dict[str, int]:
+    """Of chunks that are segments."""
+    from . import _triton
+
+    launch = _triton.Launch(problem)
+    sizes, columns = launch.sizes, launch.e_slices * launch.columns
+    pairs = rows = summed = taken = 0
+    for begin in range(0, launch.n, launch.chunk):
+        tokens = min(launch.chunk, launch.n - begin)
+        ends = [min(first + sizes.rows, tokens) if problem.causal else tokens for first in range(0, tokens, sizes.rows)]
+        rows += len(ends) * sizes.rows
+        pairs += sum(sizes.rows * tiled(end, sizes.short) for end in ends)
+        if not problem.causal or begin + tokens < launch.n:
+            summed += tiled(tokens, sizes.short)
+            taken += tokens
+    units = 2 * launch.batch
+    local = pairs * launch.heads * (launch.e_slices * tiled(launch.s, triton.block(launch.s, 128)) + columns)
+    through = rows * launch.heads * tiled(launch.s, triton.block(launch.s, sizes.least)) * columns
+    sums = summed * launch.kv_heads * launch.s_slices * launch.dim * columns
+    untaken = units * (launch.n - taken) * launch.kv_heads * launch.s * launch.e
+    total = units * (local + sums + through * launch.has_states)
+    where = "tiles are whole, on the diagonal and at the ends" if problem.causal else "tiles are whole at the ends"
+    return {"nothing takes the last chunk's state": -untaken, where: total - flops(call) + untaken}
 
 
 def codegen() -> dict[str, Call]:
@@ -330,6 +372,8 @@ SPEC = OpSpec(
     bad_calls=BAD_CALLS,
     flops=flops,
     bytes=bytes_,
+    beside_torch=beside_torch,
+    beside_triton=beside_triton,
     codegen=codegen,
     metered=metered,
     passes=passes,

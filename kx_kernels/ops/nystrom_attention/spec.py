@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._core.spec import BadCall, Call, KernelPromise, OpSpec
+from ..._core import triton
+from ..._core.spec import BadCall, Call, KernelPromise, OpSpec, tiled
 from ._problem import NystromProblem
 from .api import nystrom_attention
 from .presets import CONVENTIONS
@@ -256,16 +257,70 @@ BAD_CALLS = (
 
 
 def flops(call: Call) -> int:
-    """Of the products with landmarks; the inverse does not grow with the length."""
+    """Of the products with landmarks, of those of the inverse, four for each step and two beside, and the convolution.
+    Where no more tokens than landmarks are, of exact attention. Packed sequences are taken for longer ones.
+    """
     q, k, v, m = call["q"], call["k"], call["v"], call["num_landmarks"]
+    wide, convolved = q.shape[-1] + v.shape[-1], _convolved(call)
+    if "cu_seqlens" not in call and call.get("landmarks") != "lucidrains" and min(q.shape[1], k.shape[1]) <= m:
+        return 2 * math.prod(q.shape[:-1]) * k.shape[1] * wide + convolved
     rows = math.prod(q.shape[:-1]) + math.prod(k.shape[:-1])
-    return 2 * m * rows * (q.shape[-1] + v.shape[-1])
+    return 2 * m * rows * wide + 2 * _units(call) * (m * m * wide + 4 * _steps(call) * m**3) + convolved
+
+
+def _units(call: Call) -> int:
+    """Heads of all sequences."""
+    q, ends = call["q"], call.get("cu_seqlens")
+    return (q.shape[0] if ends is None else ends.shape[0] - 1) * q.shape[-2]
+
+
+def _steps(call: Call) -> int:
+    return 0 if call.get("pinv_init") == "pinv" else call.get("pinv_iterations", 6)
+
+
+def _convolved(call: Call) -> int:
+    weight = call.get("conv_weight")
+    return 0 if weight is None else 2 * weight.numel() // weight.shape[0] * call["v"].numel()
 
 
 def bytes_(call: Call) -> int:
     """q, k and v read once, o written once; q has to be read twice, as its landmarks come first."""
     q, k, v = call["q"], call["k"], call["v"]
     return (q.numel() + k.numel() + v.numel() + math.prod(q.shape[:-1]) * v.shape[-1]) * q.itemsize
+
+
+def beside_torch(call: Call) -> dict[str, int]:
+    q, k = call["q"], call["k"]
+    means = 2 * call["num_landmarks"] * (q.numel() + k.numel())
+    return {"means of segments, as products with the matrix of who is in them": means}
+
+
+def beside_triton(call: Call, problem: NystromProblem) -> dict[str, int]:
+    """Of more tokens than landmarks, and an inverse that starts from a norm of its own."""
+    from . import _triton
+
+    launch = _triton.Launch(problem)
+    sizes, slices, m, of_m = launch.sizes, launch.slices(), launch.m, triton.block(launch.m, _triton.MAX_DIM)
+    tile, heads = launch.matrices()["TILE"], 2 * launch.batch * launch.heads
+
+    def rows(length: int, parts: _triton.Parts, tile: int) -> int:
+        return sum(tiled(min(parts.rows, length - first), tile) for first in range(0, length, parts.rows))
+
+    keys, queries = rows(launch.n_k, launch.of_k, sizes.rows), rows(launch.n_q, launch.of_q, sizes.out_rows)
+    scored = tiled(launch.dim, launch.width(sizes.numbers, launch.dim)) * of_m
+    width = launch.width(sizes.numbers, launch.value_dim)
+    read = tiled(launch.value_dim, width)
+    by_keys = keys * (slices["SLICES"] * (scored + of_m * (slices["BK"] + slices["BV"])))
+    inverse = of_m**2 * tiled(launch.dim, tile) + tiled(m, tile) ** 2 * tiled(launch.value_dim, tile)
+    inverse += 4 * _steps(call) * of_m**3
+    band = queries * read * tiled(sizes.out_rows + launch.taps - 1, sizes.out_rows) if launch.taps else 0
+    found = {
+        "means of keys' segments, as products": heads * m * launch.n_k * launch.dim,
+        "scores of keys, made again for each slice of columns": heads * keys * (slices["SLICES"] - 1) * scored,
+        "the convolution, as a product with a band in a matrix": heads * band - _convolved(call),
+    }
+    total = heads * (by_keys + inverse + queries * (scored + of_m * read) + band)
+    return found | {"tiles are whole at the ends": total - flops(call) - sum(found.values())}
 
 
 def codegen() -> dict[str, Call]:
@@ -315,6 +370,8 @@ SPEC = OpSpec(
     bad_calls=BAD_CALLS,
     flops=flops,
     bytes=bytes_,
+    beside_torch=beside_torch,
+    beside_triton=beside_triton,
     codegen=codegen,
     metered=metered,
     passes=passes,
@@ -340,7 +397,7 @@ SPEC = OpSpec(
         KernelPromise("triton", "bfloat16", wide=0.35, tensor_core=True, async_copies=True),
     ),
     growth={
-        "flops": {"queries": 1.0, "batch": 1.0, "landmarks": 1.0},
+        "flops": {"batch": 1.0, "heads": 1.0},  # with the inverse, which is the same for all lengths
         "bytes": {"queries": 1.0, "batch": 1.0, "landmarks": 0.0},
     },
 )

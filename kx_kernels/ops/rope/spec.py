@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._core.spec import BadCall, Call, KernelPromise, OpSpec
+from ..._core.spec import BadCall, Call, KernelPromise, OpSpec, no_products
 from ._problem import RopeProblem
 from .api import rope
 from .reference import rope as reference
@@ -305,6 +305,8 @@ SPEC = OpSpec(
     bad_calls=BAD_CALLS,
     flops=flops,
     bytes=bytes_,
+    beside_torch=no_products(flops),
+    beside_triton=no_products(flops),
     codegen=codegen,
     metered=metered,
     passes=passes,
