@@ -19,6 +19,7 @@ from kx_kernels.ops.mixed_chunk_attention.reference import mixed_chunk_attention
 
 from . import contest
 from .contest import Contender, Function, Missing, imported, on, speedup
+from .environment import multiplies_bfloat16
 from .goals import Goal, Measured
 
 KEY_DIM, VALUE_DIM = 128, 1536
@@ -336,12 +337,16 @@ def error(function: Function, x: Inputs) -> float:
 
 
 def limit(sets: list[Inputs]) -> Callable[[int], object]:
-    """The products alone, as torch takes them; causal, of half as many queries."""
+    """The products alone, as torch takes them, in float32 where a CPU has no instructions for less; causal, of half as
+    many queries.
+    """
     case = sets[0].case
     if case.module:
         return _layer_limit(sets[0])
     rows = max(1, case.length // 2) if case.causal else case.length
     q, k, v, gate = (x[:, :, 0] for x in sets[0].leaves)
+    if not multiplies_bfloat16(q.device.type):
+        q, k, v, gate = q.float(), k.float(), v.float(), gate.float()
     q, out = q[:, :rows], torch.empty_like(gate[:, :rows])
     block = min(rows, 1024)  # of scores at a time: no memory is spent on them
     scores = q.new_ones(case.batch, block, k.shape[1])

@@ -222,21 +222,28 @@ def limits(device: str) -> dict[str, Any]:
     source = torch.randn(large, device=device)
     target = torch.empty_like(source)
     calls: dict[str, Call] = {"copy": lambda _: target.copy_(source)}
-    for dtype in (torch.float32, torch.bfloat16) if multiplies_bfloat16(device) else (torch.float32,):
-        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        calls[str(dtype).removeprefix("torch.")] = lambda _, a=a, b=b: a @ b
+    less = side if multiplies_bfloat16(device) else 256  # at a hundredth of the rate
+    sides = {"float32": side, "bfloat16": less}
+    for name, n in sides.items():
+        a, b = (torch.randn(n, n, device=device).to(getattr(torch, name)) for _ in range(2))
+        calls[name] = lambda _, a=a, b=b: a @ b
     times, failed = rounds(calls, device, 1.0, Allowance(20))
     if failed:
         raise RuntimeError("; ".join(failed.values()))
     medians = {name: statistics.median(mine) for name, mine in times.items()}
-    products = {name: 2 * side**3 / t for name, t in medians.items() if name != "copy"}
+    products = {name: 2 * n**3 / medians[name] for name, n in sides.items()}
     return {"bytes_per_second": 2 * source.nbytes / medians["copy"], "flops_per_second": products}
 
 
-def bound(roofline: Mapping[str, Any], row: Mapping[str, Any]) -> float:
-    """The least seconds of a row's bytes, that it moves, and products on a device of these limits."""
+def bound(roofline: Mapping[str, Any], row: Mapping[str, Any], by_torch: bool = False) -> float:
+    """The least seconds of a row's bytes, that it moves, and products on a device of these limits.
+
+    by_torch: products are torch's own, in the row's dtype; others may convert to float32 where that is faster, as it is
+        on a CPU without instructions for less.
+    """
     rates = roofline["flops_per_second"]
     rate = rates.get("bfloat16" if row["dtype"] == "float16" else row["dtype"], rates["float32"])
+    rate = rate if by_torch else max(rate, rates["float32"])
     return max(row.get("moved", row["bytes"]) / roofline["bytes_per_second"], row["flops"] / rate)
 
 

@@ -64,6 +64,15 @@ def entered(contenders: Sequence[contest.Contender], compiled: bool) -> list[con
     return sorted((c for c in contenders if compiled or not compiles[c.name]), key=lambda c: compiles[c.name])
 
 
+NATIVE = "kx (cpu|cuda|triton)"  # contenders whose products are not torch's
+
+
+def least_seconds(contender: str, work: Mapping[str, Any], device: str) -> float:
+    """Of a call, by its bytes and products."""
+    own = re.fullmatch(NATIVE, contender) or work.get("kind") == "limit"
+    return measure.bound(measure.limits(device), work, by_torch=not own)
+
+
 def timings(
     op: Any, case: Any, device: str, seconds: float, quick: bool, allowed: float, compiled: bool = True
 ) -> list[dict[str, Any]]:
@@ -82,7 +91,7 @@ def timings(
 
     def refused(name: str) -> str | None:
         """Why it is not even tried: the least that the device allows it takes too long."""
-        return allowance.refused(measure.bound(measure.limits(device), common | of[name]))
+        return allowance.refused(least_seconds(name, common | of[name], device))
 
     def without(missing: Mapping[str, str]) -> list[dict[str, Any]]:
         return [
@@ -113,7 +122,7 @@ def timings(
             missing[contender.name] = call
         else:
             contenders[contender.name] = call
-    needed = {op.LIMIT, *(c.name for c in mine if re.fullmatch("kx (cpu|cuda|triton)|.*torch eager", c.name))}
+    needed = {op.LIMIT, *(c.name for c in mine if re.fullmatch(f"{NATIVE}|.*torch eager", c.name))}
     least = 3 if quick else 7
     rounds, failed = measure.rounds(contenders, device, seconds, allowance.once_ready(), least, needed=needed)
     missing |= failed
@@ -161,7 +170,7 @@ def memory(op: Any, case: Any, device: str, compiled: bool, allowed: float) -> l
         row = {"case": case.name, "length": case.length, "contender": contender.name, "values": values}
         work = {"bytes": case.bytes_moved, "flops": case.flops, "dtype": str(case.dtype).removeprefix("torch.")}
         work |= contender.work(case) if contender.work else {}
-        if why := allowance.refused(measure.bound(measure.limits(device), work)):
+        if why := allowance.refused(least_seconds(contender.name, work, device)):
             found.append(row | {"reason": why})
             continue
         try:
@@ -294,7 +303,7 @@ def layer_steps(device: str, quick: bool) -> Iterator[Step]:
 def quality_steps(quick: bool) -> Iterator[Step]:
     for name, experiment in quality.EXPERIMENTS.items():
         if not (quick and name in TRAINED):
-            yield Step(name, name, lambda _, find=experiment: find(), 10 if name in TRAINED else 1)
+            yield Step(name, name, lambda _, find=experiment: find(), 6 if name in TRAINED else 1)
 
 
 NAMES = (*OPERATORS, "layers", "quality")
@@ -458,9 +467,10 @@ def run(
     total, rest = (sum(step.seconds for mine in of.values() for step in mine) for of in (todo, left))
     allowance = measure.Allowance(allowed - sum(sum(kept[name].seconds.values()) for name in names))
     found = {}
+    in_turn = sorted(names, key=lambda name: name != "quality")  # short, no matter of time: slow steps leave it some
     form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
     with tqdm(total=total, initial=total - rest, bar_format=form, dynamic_ncols=True) as progress:
-        for name in names:
+        for name in in_turn:
             progress.set_description(name)
             for step in left[name]:
                 progress.set_postfix_str(step.what)
