@@ -91,7 +91,7 @@ def test_lucidrains_interface() -> None:
         "to_out.0.bias": (12,),
         "res_conv.weight": (3, 1, 33, 1),
     }
-    with pytest.raises(ValueError, match="eps is 1e-06; expected 1e-8"):
+    with pytest.raises(ValueError, match="eps is 1e-06; expected 1e-8, which landmarks as lucidrains' have"):
         cls(12, eps=1e-6)
 
 

@@ -160,7 +160,7 @@ def test_iterations_are_part_of_the_function(lane: Any, iterations: int) -> None
     assert iterations > 6 or (actual[0] - other).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("m", [1, 16, 30, 33, 48, 64, 100, 128, 256])
+@pytest.mark.parametrize("m", [1, 16, 30, 32, 33, 48, 64, 100, 128, 256])
 def test_numbers_of_landmarks(lane: Any, m: int) -> None:
     iterations = 6 if m <= 64 or not is_emulated(lane) else 1 if m <= 128 else 0
     assert_as_float64(lane, inputs(lane, 2 * m + 3, batch=1), num_landmarks=m, pinv_iterations=iterations)
@@ -417,6 +417,23 @@ def test_factors_are_the_attention(lane: Any) -> None:
     assert not attention[1, :, :, 5:].any()
     short = softmax_attention(q[1:2, :5], k[1:2, :5], torch.eye(5, device=q.device).double()[None, :, None])
     torch.testing.assert_close(attention[1:2, :, :5, :5], short.transpose(1, 2))
+
+
+def test_compiled_factors(lane: Any) -> None:
+    """As they are without torch.compile; packed, refused by name where a graph may not break."""
+    if lane.slow:
+        pytest.skip("they are torch's operators")
+    q, k, v = inputs(lane, 20)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, ends: Tensor | None) -> Any:
+        return attend(q, k, v, num_landmarks=6, cu_seqlens=ends, return_factors=True, backend=lane.backend)
+
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    for a, b in zip(compiled(q, k, v, None), call(q, k, v, None), strict=True):
+        assert same_bits(a, b)
+    ends = torch.tensor([0, 3, 20], dtype=torch.int32, device=lane.device)
+    with pytest.raises(RuntimeError, match=r"argument 'return_factors' is True; expected False .* cu_seqlens"):
+        compiled(q[0], k[0], v[0], ends)
 
 
 def test_causal_is_refused_with_the_reason(lane: Any) -> None:

@@ -49,7 +49,7 @@ class NystromAttention(nn.Module):
     ) -> None:
         super().__init__()
         if eps != 1e-8:
-            raise ValueError(f"NystromAttention: eps is {eps!r}; expected 1e-8")
+            raise ValueError(f"NystromAttention: eps is {eps!r}; expected 1e-8, which landmarks as lucidrains' have")
         self.eps = eps
         self.num_landmarks = num_landmarks
         self.pinv_iterations = pinv_iterations

@@ -73,7 +73,8 @@ def nystrom_attention(
         ridge: added to the diagonal of the matrix that is inverted.
         causal: refused if True: landmarks are means over the future as well.
         return_factors: also return F·Z and B, whose product is the attention: [B, H, n_q, m] and [B, H, m, n_k]
-            ([H, total, m] and [H, m, total] packed), of q's dtype. They are made by torch's operators.
+            ([H, total, m] and [H, m, total] packed), of q's dtype. They are made by torch's operators. Packed, they
+            break a graph of torch.compile: `fullgraph=True` raises.
         backend: "auto", "cuda", "triton", "cpu" or "reference"; None takes the choice of `kx_kernels.backend`.
 
     Returns:
@@ -106,6 +107,9 @@ def nystrom_attention(
         ridge=ridge,
         causal=causal,
     )
+    if return_factors and cu_seqlens is not None and torch.compiler.is_compiling():
+        expected = "False under torch.compile where cu_seqlens is given: sequences are cut where data says"
+        reject(OP, "return_factors", return_factors, expected)
     o = OPERATOR.attend(p, dispatch.requested(backend))
     if not return_factors:
         return o if cu_seqlens is None else o[0]
