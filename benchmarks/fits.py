@@ -63,11 +63,11 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> Interval:
     return _bootstrap([above, below], lambda a, b: a / b)
 
 
-def of_means(*samples: Sequence[float], statistic: Callable[..., np.ndarray] = lambda x: x) -> Interval:
+def of_means(*samples: Sequence[float], statistic: Callable[..., float] = lambda x: x) -> Interval:
     """Of a function of means, all of the same sequences or seeds, which are resampled together."""
     if min(len(x) for x in samples) < 2:
         raise LookupError("one sample alone has no interval")
-    return _bootstrap(samples, statistic, np.mean, paired=True)
+    return _bootstrap(samples, np.vectorize(statistic, otypes=[float]), np.mean, paired=True)
 
 
 def crossover(above: Times, below: Times) -> Interval | None:

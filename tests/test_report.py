@@ -410,13 +410,13 @@ def test_an_interrupted_run_goes_on(steps: Steps) -> None:
 
 
 def test_a_run_of_several_goes_on_in_the_one_that_was_interrupted(steps: Steps) -> None:
-    steps.trouble = {"e": KeyboardInterrupt()}
+    steps.trouble = {"b": KeyboardInterrupt()}
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             suite.run(["layers", "quality"], "cpu", quick=False)
     steps.trouble = {}
     suite.run(["layers", "quality"], "cpu", quick=False)
-    assert steps.calls == ["a", "b", "c", "d", "e", "e", "e", "f"]
+    assert steps.calls == ["d", "e", "f", "a", "b", "b", "b", "c"]  # quality first
 
 
 def test_only_whole_runs_are_kept_with_the_code(steps: Steps) -> None:
