@@ -31,7 +31,7 @@ BELOW = {
     "_backends": {"_problem", "_native", "_triton", "reference", "state", "presets"},
     "_autograd": {"_problem", "_backends"},
     "api": {"_problem", "_backends", "_autograd", "state", "presets"},
-    "spec": {"_problem", "api", "reference", "state", "tables", "presets"},
+    "spec": {"_problem", "_triton", "api", "reference", "state", "tables", "presets"},  # of Triton: sizes of its tiles
     "__init__": set(),
 }
 
