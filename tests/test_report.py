@@ -177,7 +177,7 @@ MOVED = {  # bytes that Triton's forward kernels move, at most, over those of th
 }
 
 
-interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the interpreter is metered")
 
 
 @interpreted
