@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,7 +93,7 @@ def test_rounding_is_torchs(dtype: torch.dtype) -> None:
 @pytest.mark.skipif(ISA is None, reason="the extension is not built")
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_large_tensors(interleaved: bool, dtype: torch.dtype) -> None:
+def test_large_tensors(set_threads: Any, interleaved: bool, dtype: torch.dtype) -> None:
     """Stores that bypass the caches, on any number of threads, give the bits of small calls."""
     x = torch.randn(1, 4096, 12, 64).to(dtype)
     cos, sin = kx.rope_tables(4096, 64)
@@ -100,10 +101,6 @@ def test_large_tensors(interleaved: bool, dtype: torch.dtype) -> None:
         kx.rope(x[:, t : t + 64], None, cos, sin, offset=t, interleaved=interleaved, backend="cpu")
         for t in range(0, 4096, 64)
     ]
-    threads = torch.get_num_threads()
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            assert same_bits(kx.rope(x, None, cos, sin, interleaved=interleaved, backend="cpu"), torch.cat(parts, 1))
-    finally:
-        torch.set_num_threads(threads)
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        assert same_bits(kx.rope(x, None, cos, sin, interleaved=interleaved, backend="cpu"), torch.cat(parts, 1))

@@ -262,7 +262,7 @@ def test_a_decoded_query_is_the_last_row(lane: Any, how: dict[str, Any]) -> None
 @pytest.mark.parametrize("value_dim", [1, 64, 200, 1100], ids=str)
 @pytest.mark.parametrize("normalizer", ["visible", "sum"])
 def test_threads_that_share_columns_change_no_bit(
-    lane: Any, dtype: torch.dtype, value_dim: int, normalizer: str
+    lane: Any, set_threads: Any, dtype: torch.dtype, value_dim: int, normalizer: str
 ) -> None:
     """Few queries, as in decoding: threads share the columns of their values, which are those of many queries."""
     if lane.backend != "cpu":
@@ -271,16 +271,40 @@ def test_threads_that_share_columns_change_no_bit(
     q, k, gate = (torch.randn(1, 150, 1, d, generator=generator).to(dtype) for d in (32, 32, value_dim))
     v = torch.randn(1, 150, 1, value_dim + 3, generator=generator).to(dtype)[..., :value_dim]  # a strided view
     how: dict[str, Any] = {"causal": True, "normalizer": normalizer, "backend": "cpu"}
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
-            results.append(attend(q[:, -1:], k, v, gate[:, -1:], **how))
-            if threads == 1:
-                results.append(attend(q, k, v, gate, **how)[:, -1:])
-    finally:
-        torch.set_num_threads(before)
+    results = [attend(q, k, v, gate, **how)[:, -1:]]
+    for threads in (1, 2, 3, 7):
+        set_threads(threads)
+        results.append(attend(q[:, -1:], k, v, gate[:, -1:], **how))
     assert all(same_bits(results[0], result) for result in results[1:])
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("bias_heads", [(), (4,)], ids=["shared", "of_heads"])
+def test_neither_threads_nor_batch_mates_change_a_bit(
+    lane: Any, set_threads: Any, causal: bool, bias_heads: tuple[int, ...]
+) -> None:
+    """Blocks of keys that threads have at once add to the same gradients of queries and bias."""
+    if lane.backend != "cpu":
+        pytest.skip("its threads are not ours")
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(300, 4, 32), (400, 2, 32), (400, 2, 40), (300, 4, 40)]
+    q, k, v, gate = (torch.randn(3, *shape, generator=generator) for shape in shapes)
+    bias = torch.randn(*bias_heads, 2 * 400 - 1, generator=generator)
+    mask = torch.rand(3, 400, generator=generator) < 0.8
+
+    def compute(samples: slice) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in (*(x[samples] for x in (q, k, v, gate)), bias)]
+        how: dict[str, Any] = {"causal": causal, "key_padding_mask": mask[samples], "backend": "cpu"}
+        out = attend(*leaves[:4], bias=leaves[4], **how)
+        return [out, *torch.autograd.grad(out, leaves, out.detach().cos())]
+
+    set_threads(1)
+    expected = compute(slice(None))
+    for threads in (2, 3, 7):
+        set_threads(threads)
+        assert all(same_bits(a.detach(), b.detach()) for a, b in zip(compute(slice(None)), expected, strict=True))
+        *alone, _ = compute(slice(1, 2))  # the bias has a gradient of the whole batch
+        assert all(same_bits(a.detach(), b[1:2].detach()) for a, b in zip(alone, expected, strict=False))
 
 
 def test_rows_that_see_nothing_are_zero(lane: Any, how: dict[str, Any]) -> None:

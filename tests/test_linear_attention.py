@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -302,14 +301,6 @@ def test_a_feature_map_of_ones_own(lane: Any) -> None:
     assert_agrees(compute(lane.backend, *values), functools.partial(compute, "reference"), *values)
 
 
-@contextlib.contextmanager
-def threads(count: int) -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    yield
-    torch.set_num_threads(before)
-
-
 STEPS: dict[str, dict[str, Any]] = {
     **RELATIVES,
     "rope_half": {"rope": kx.rope_tables(200, 8), "rope_interleaved": False},
@@ -423,7 +414,7 @@ def test_wrong_steps_are_named(change: dict[str, Any], error: type[Exception], s
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 @pytest.mark.parametrize("how_long", [4097], ids=str)
-def test_segments_equal_the_whole(lane: Any, packed: bool, how_long: int) -> None:
+def test_segments_equal_the_whole(lane: Any, set_threads: Any, packed: bool, how_long: int) -> None:
     """A sequence that many threads share."""
     if lane.backend != "cpu":
         pytest.skip("only the CPU's kernel chooses segments by threads")
@@ -438,10 +429,10 @@ def test_segments_equal_the_whole(lane: Any, packed: bool, how_long: int) -> Non
         results = []
         for count in (1, 2, 7):
             x = [y.detach().requires_grad_() for y in (q, k, v, *state)]
-            with threads(count):
-                out = attend(*x[:3], initial_state=tuple(x[3:]), return_state=True, backend="cpu", **how, **where)
-                outs = [out[0], *out[1]]
-                results.append([*outs, *torch.autograd.grad(outs, x, [y.detach().cos() for y in outs])])
+            set_threads(count)
+            out = attend(*x[:3], initial_state=tuple(x[3:]), return_state=True, backend="cpu", **how, **where)
+            outs = [out[0], *out[1]]
+            results.append([*outs, *torch.autograd.grad(outs, x, [y.detach().cos() for y in outs])])
         for other in results[1:]:
             for a, b in zip(other, results[0], strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12 * b.abs().max().item())

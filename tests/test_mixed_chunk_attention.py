@@ -349,19 +349,16 @@ def test_long_sequences_take_little(lane: Any) -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_threads_change_only_the_order_of_sums(lane: Any, causal: bool) -> None:
+def test_threads_change_only_the_order_of_sums(lane: Any, set_threads: Any, causal: bool) -> None:
     """One, or several that cut sequences into segments."""
     if lane.backend != "cpu":
         pytest.skip("its threads are not ours")
     leaves = [x.requires_grad_() for x in inputs(lane, length=1000)]
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
-            out = attend(*leaves, chunk_size=32, causal=causal, backend="cpu")
-            results.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
-    finally:
-        torch.set_num_threads(before)
+    results = []
+    for threads in (1, 2, 3, 7):
+        set_threads(threads)
+        out = attend(*leaves, chunk_size=32, causal=causal, backend="cpu")
+        results.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
     for result in results[1:]:
         for a, b in zip(result, results[0], strict=True):
             assert_close_in_float32(a, b)

@@ -3,6 +3,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 
 #include "../cpu/isa.h"
 #include "problem.h"
@@ -60,55 +61,54 @@ void forward(const Problem& p, int threads) {
   }
 }
 
-// Blocks of keys are dealt out to `parts` in turn, each with sums of its own for the gradients of queries and bias.
+// Threads take blocks of keys of one head after another. What they add to gradients of queries and bias is added in the
+// order of the keys, however many threads there are: a block of queries waits for the keys before (Turn).
 template <class T>
 void backward(const Problem& p, int threads) {
   using A = compute_t<T>;
-  const int64_t heads = p.num_sequences * p.kv_heads;
-  const int64_t parts = heads >= threads ? 1 : threads, tasks = heads * parts;
-  const int64_t width = Worker<T, A>(p, true).row_width();
-  const int64_t queries = p.batch * p.queries * p.heads * width, distances = p.bias_heads * p.distances;
-  Buffer<A> grad_q = zeros<A>(static_cast<size_t>(parts * queries + width));
-  Buffer<double> grad_bias = zeros<double>(static_cast<size_t>(p.bias != nullptr ? tasks * distances : 1));
-#pragma omp parallel num_threads(static_cast<int>(std::clamp<int64_t>(tasks, 1, threads))) if (threads > 1)
-  {
-    Worker<T, A> worker(p, true);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < tasks; ++task) {
-      const int64_t part = task % parts, kv_head = task / parts % p.kv_heads, n = task / parts / p.kv_heads;
-      const Sequence s = sequence(p, n);
-      A* const rows = grad_q.get() + part * queries + (s.batch * p.queries + s.query_row) * p.heads * width;
-      double* const bias = p.bias != nullptr ? grad_bias.get() + task * distances : nullptr;
-      for (int64_t key = part * kKeys; key < s.keys; key += parts * kKeys) {
-        worker.begin_gradients(s, kv_head, key);
-        worker.add_gradients(s, kv_head, key, rows, bias);
-        worker.store_gradients(s, kv_head, key);
+  struct Item {
+    int64_t sequence, kv_head, key;
+  };
+  std::vector<Item> blocks;
+  for (int64_t n = 0; n < p.num_sequences; ++n) {
+    for (int64_t kv_head = 0; kv_head < p.kv_heads; ++kv_head) {
+      for (int64_t key = 0; key < sequence(p, n).keys; key += kKeys) {
+        blocks.push_back({n, kv_head, key});
       }
     }
+  }
+  const int64_t count = static_cast<int64_t>(blocks.size());
+  const int64_t width = Worker<T, A>(p, true).row_width(), rows = p.batch * p.queries * p.heads;
+  Buffer<A> grad_q = zeros<A>(static_cast<size_t>((rows + 1) * width));
+  const int64_t distances = p.heads * p.distances;
+  Buffer<double> grad_bias = zeros<double>(static_cast<size_t>(p.bias != nullptr ? p.num_sequences * distances : 1));
+  std::vector<std::atomic<int64_t>> done(blocks.size());  // tiles of each block of keys
+  std::atomic<int64_t> next{0};                           // in order, so that what a block waits for has begun
+#pragma omp parallel num_threads(static_cast<int>(std::clamp<int64_t>(count, 1, threads))) if (threads > 1)
+  {
+    Worker<T, A> worker(p, true);
+    for (int64_t i; (i = next.fetch_add(1)) < count;) {
+      const auto [n, kv_head, key] = blocks[i];
+      const Sequence s = sequence(p, n);
+      A* const queries = grad_q.get() + (s.batch * p.queries + s.query_row) * p.heads * width;
+      double* const bias = p.bias != nullptr ? grad_bias.get() + n * distances : nullptr;
+      worker.begin_gradients(s, kv_head, key);
+      worker.add_gradients(s, kv_head, key, Turn{key > 0 ? &done[i - 1] : nullptr, &done[i]}, queries, bias);
+      worker.store_gradients(s, kv_head, key);
+    }
+#pragma omp barrier
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < p.batch * p.queries * p.heads; ++i) {
+    for (int64_t i = 0; i < rows; ++i) {
       const int64_t head = i % p.heads, at = i / p.heads % p.queries, batch = i / p.heads / p.queries;
-      A* const sum = grad_q.get() + i * width;
-      for (int64_t part = 1; part < parts; ++part) {
-        for (int64_t d = 0; d < p.key_dim; ++d) {
-          sum[d] += sum[part * queries + d];
-        }
-      }
       const View& x = p.grad_q;
-      store_row(sum, p.key_dim, static_cast<T*>(x.data) + batch * x.stride[0] + at * x.stride[1] + head * x.stride[2],
-                x.stride[3]);
+      store_row(grad_q.get() + i * width, p.key_dim,
+                static_cast<T*>(x.data) + batch * x.stride[0] + at * x.stride[1] + head * x.stride[2], x.stride[3]);
       if (p.grad_gate.data != nullptr) {
         worker.backward_gate(batch, at, head);
       }
     }
   }
-  for (int64_t at = 0; at < distances && p.grad_bias != nullptr; ++at) {
-    double sum = 0;
-    for (int64_t task = 0; task < tasks; ++task) {
-      sum += grad_bias[task * distances + at];
-    }
-    static_cast<A*>(p.grad_bias)[at] = static_cast<A>(sum);
-  }
+  store_bias<A>(p, grad_bias.get(), p.num_sequences);
   clear_surplus<T>(p, p.grad_k, p.cu_seqlens_k, p.keys, p.kv_heads, p.key_dim);
   clear_surplus<T>(p, p.grad_v, p.cu_seqlens_k, p.keys, p.kv_heads, p.value_dim);
 }

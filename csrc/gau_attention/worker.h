@@ -3,7 +3,9 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <thread>
 #include <type_traits>
 #include <vector>
 
@@ -102,6 +104,23 @@ A total(int n, Term term) {
   return parts[0];
 }
 
+// Blocks of keys that threads have at once add to gradients of the same queries one after the other, tile by tile.
+struct Turn {
+  const std::atomic<int64_t>* before = nullptr;  // tiles that the block before has added; null if there is none
+  std::atomic<int64_t>* mine = nullptr;          // null if nobody waits
+
+  void wait(int64_t tile) const {
+    while (before != nullptr && before->load(std::memory_order_acquire) <= tile) {
+      std::this_thread::yield();
+    }
+  }
+  void pass(int64_t tile) const {
+    if (mine != nullptr) {
+      mine->store(tile + 1, std::memory_order_release);
+    }
+  }
+};
+
 // What one thread works with. A is the type that arithmetic is done in; rows are padded with zeros to whole vectors.
 template <class T, class A>
 class Worker {
@@ -192,10 +211,12 @@ class Worker {
   }
 
   // Adds what a block of keys and values meets to its gradients, to those of queries, [n_q of the sequence, heads, kw],
-  // and of the bias, [bias_heads, distances], whose sums may be as long as there are tokens.
-  void add_gradients(const Sequence& s, int64_t kv_head, int64_t key, A* grad_queries, double* grad_bias) {
+  // and of the bias, [heads, distances], whose sums may be as long as there are tokens. Threads that are at other tiles
+  // of a head in their turn are at other distances.
+  void add_gradients(const Sequence& s, int64_t kv_head, int64_t key, Turn turn, A* grad_queries, double* grad_bias) {
     const int keys = keys_of(s, key);
     const int64_t seen_from = p.causal ? std::max<int64_t>(0, key - s.shift()) : 0;
+    const int64_t tiles = (s.queries + kQueries - 1) / kQueries;  // of a head
     for (int64_t head = kv_head * group(); head < (kv_head + 1) * group(); ++head) {
       for (int64_t first = seen_from / kQueries * kQueries; first < s.queries; first += kQueries) {
         const int count = block_of(s, first);
@@ -224,6 +245,8 @@ class Worker {
             x = slopes[i * kKeys + j] * (x - shifts[i]);
           }
         }
+        const int64_t tile = (head - kv_head * group()) * tiles + first / kQueries;
+        turn.wait(tile);
         if (grad_bias != nullptr) {
           add_to_bias(s, head, first, count, key, keys, grad_bias);
         }
@@ -236,6 +259,7 @@ class Worker {
         multiply(keys, key_dim, count, grad_scores, 1, kKeys, q, kw, grad_k, kw, true);
         multiply(count, key_dim, keys, grad_scores, kKeys, 1, k, kw, grad_queries + (first * p.heads + head) * kw,
                  p.heads * kw, true);
+        turn.pass(tile);
       }
     }
   }
@@ -487,7 +511,7 @@ class Worker {
 
   void add_to_bias(const Sequence& s, int64_t head, int64_t first, int count, int64_t key, int keys,
                    double* grad_bias) {
-    double* const distances = grad_bias + (p.bias_heads > 1 ? head : 0) * p.distances + p.distances / 2;
+    double* const distances = grad_bias + head * p.distances + p.distances / 2;
     for (int i = 0; i < count; ++i) {
       const A b = scale(p.bias_scale, p.b, s, s.query_row + first + i);
       const int64_t apart = key - (first + i + s.shift());
@@ -513,6 +537,21 @@ class Worker {
   bool keep_query[kQueries], keep_key[kKeys];
   std::vector<Buffer<A>> buffers_;
 };
+
+// The gradient of the bias, of `count` sums [heads, distances].
+template <class A>
+void store_bias(const Problem& p, const double* sums, int64_t count) {
+  for (int64_t i = 0; i < p.bias_heads * p.distances && p.grad_bias != nullptr; ++i) {
+    const int64_t bias_head = i / p.distances, at = i % p.distances;
+    double sum = 0;
+    for (int64_t n = 0; n < count; ++n) {
+      for (int64_t head = bias_head; head < p.heads; head += p.bias_heads) {  // one of them, or all
+        sum += sums[(n * p.heads + head) * p.distances + at];
+      }
+    }
+    static_cast<A*>(p.grad_bias)[i] = static_cast<A>(sum);
+  }
+}
 
 // Rows [from, to) of x are zero.
 template <class T>

@@ -18,6 +18,8 @@ using gau_attention::KX_ISA::clear_surplus;
 using gau_attention::KX_ISA::kKeys;
 using gau_attention::KX_ISA::kQueries;
 using gau_attention::KX_ISA::Sequence;  // here a chunk, or several
+using gau_attention::KX_ISA::store_bias;
+using gau_attention::KX_ISA::Turn;
 
 constexpr int64_t kSegment = 256;  // tokens that are worth a thread of their own
 
@@ -104,7 +106,7 @@ class Worker : public gau_attention::KX_ISA::Worker<T, A> {
   }
 
   // Gradients of the others. `state` is U after the segment, and becomes U before it; or, if not causal, U of the
-  // sequence. `grad_queries` [n of the sequence, heads, kw] are zeros, `grad_bias` sums of [bias_heads, distances].
+  // sequence. `grad_queries` [n of the sequence, heads, kw] are zeros, `grad_bias` sums of [heads, distances].
   void backward_keys(const Segment& g, A* state, A* grad_queries, double* grad_bias) {
     for (int64_t place = (g.end - 1) / p.chunk * p.chunk; place >= g.begin; place -= p.chunk) {
       const Sequence s = chunk(g, place);
@@ -113,7 +115,7 @@ class Worker : public gau_attention::KX_ISA::Worker<T, A> {
       for (int64_t key = 0; key < s.keys; key += kKeys) {
         this->begin_gradients(s, g.kv_head, key);
         add_linear_gradients(g, s, key, state);
-        this->add_gradients(s, g.kv_head, key, queries, grad_bias);
+        this->add_gradients(s, g.kv_head, key, Turn{}, queries, grad_bias);
         this->store_gradients(s, g.kv_head, key);
       }
       each_block(g, s, [&](int64_t head, int64_t first) {
@@ -342,7 +344,7 @@ void backward(const Problem& p, int threads) {
   pass(p, segments, is_split, true, false, threads, &W::sum_keys,
        [&](W& worker, int64_t i, A* state) { worker.backward_queries(segments[i], state); });
 
-  const int64_t width = W(p, true).row_width(), distances = p.bias_heads * p.distances;
+  const int64_t width = W(p, true).row_width(), distances = p.heads * p.distances;
   Buffer<A> grad_q = zeros<A>(static_cast<size_t>(p.batch * p.queries * p.heads * width));
   Buffer<double> grad_bias = zeros<double>(static_cast<size_t>(count * distances));
   pass(p, segments, is_split, true, true, threads, &W::sum_queries, [&](W& worker, int64_t i, A* state) {
@@ -350,13 +352,7 @@ void backward(const Problem& p, int threads) {
     A* const rows = grad_q.get() + (g.batch * p.queries + g.row) * p.heads * width;
     worker.backward_keys(g, state, rows, p.bias != nullptr ? grad_bias.get() + i * distances : nullptr);
   });
-  for (int64_t at = 0; at < distances && p.grad_bias != nullptr; ++at) {
-    double sum = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      sum += grad_bias[i * distances + at];
-    }
-    static_cast<A*>(p.grad_bias)[at] = static_cast<A>(sum);
-  }
+  store_bias<A>(p, grad_bias.get(), count);
   for (const View& x : {p.grad_q, p.grad_lin_q}) {
     clear_surplus<T>(p, x, p.cu_seqlens, p.queries, p.heads, p.key_dim);
   }
