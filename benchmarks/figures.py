@@ -154,7 +154,8 @@ def laws(times: Mapping[str, fits.Times]) -> list[list[str]]:
             slopes = (fits.local_slope(mine, n) for n in law.sizes[1:-1])
             told = ", ".join(f"{slope.value:.2f}" for slope in slopes if slope is not None)
             window = f"{law.sizes[0]:,} … {law.sizes[-1]:,}"
-            numbers = [str(law.exponent), time(law.fixed), f"{law.factor:.3g} s", f"{law.residual:.0%}", window, told]
+            values = [str(law.exponent), law.fixed.told(time), law.factor.told("{:.3g} s".format)]
+            numbers = [*values, f"{law.residual:.0%}", window, told]
             found.append([name, *numbers])
     return found
 
@@ -165,9 +166,15 @@ def dots(
     x: str,
     *,
     notes: Mapping[str, Mapping[str, str]] | None = None,
+    versions: Mapping[str, str] | None = None,
     line: float | None = None,
 ) -> Figure:
-    """Values with their quartiles, on a logarithmic axis, in groups. `notes`: what hovering shows besides."""
+    """Values with their quartiles, on a logarithmic axis, in groups.
+
+    Args:
+        notes: what hovering shows besides.
+        versions: of what groups, or series, are of, for a column of the table.
+    """
     groups = list(dict.fromkeys(group for points in series.values() for group in points))
     several = len(series) > 1
     height = 70 + (18 + 13 * len(series)) * len(groups) + (18 * len(series) if several else 0)
@@ -202,14 +209,20 @@ def dots(
     figure.update_xaxes(title=x, type="log", **_powers(reach if line is None else [*reach, line], 6))
     if line is not None:
         figure.add_vline(x=line, line={"dash": "dot", "color": GREY})
+    known = versions or {}
     rows = [
-        [group, name, short(v) + (f" ({short(low)}–{short(high)})" if low < high else "")]
+        [
+            group,
+            name,
+            *([known.get(group) or known.get(name) or "–"] if known else []),
+            short(v) + (f" ({short(low)}–{short(high)})" if low < high else ""),
+        ]
         for group in groups
         for name, points in series.items()
         if group in points
         for v, low, high in [points[group]]
     ]
-    return Figure(_html(figure), see, ["of", "by", x], rows)
+    return Figure(_html(figure), see, ["of", "by", *(["version"] if known else []), x], rows)
 
 
 def median_milliseconds(times: Mapping[int, Iterable[float]]) -> dict[int, float]:

@@ -22,9 +22,12 @@ class Interval:
     low: float
     high: float
 
+    def told(self, tell: Callable[[float], str]) -> str:
+        between = f" ({tell(self.low)}–{tell(self.high)})" if self.low < self.high else ""
+        return tell(self.value) + between
+
     def __str__(self) -> str:
-        between = f" ({self.low:.3g}–{self.high:.3g})" if self.low < self.high else ""
-        return f"{self.value:.3g}{between}"
+        return self.told("{:.3g}".format)
 
 
 def _bootstrap(
@@ -36,12 +39,23 @@ def _bootstrap(
     """Of a function of medians, or of another middle, or of arrays of them; each sample resampled for itself unless
     they are paired.
     """
+    (found,) = _bootstraps(samples, lambda *middles: statistic(*middles)[None], middle, paired)
+    return found
+
+
+def _bootstraps(
+    samples: Sequence[Sequence[float]],
+    statistics: Callable[..., np.ndarray],
+    middle: Callable[..., np.ndarray] = np.median,
+    paired: bool = False,
+) -> list[Interval]:
+    """The same of several functions at once: the rows of what `statistics` returns."""
 
     def of_middles(*resampled: np.ndarray, axis: int = -1) -> np.ndarray:
-        return statistic(*(middle(x, axis=axis) for x in resampled))
+        return statistics(*(middle(x, axis=axis) for x in resampled))
 
     arrays = [np.asarray(x) for x in samples]
-    value = float(of_middles(*arrays))
+    values = of_middles(*arrays)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)
         warnings.simplefilter("ignore", RuntimeWarning)  # of the spread of values that are infinite
@@ -55,8 +69,8 @@ def _bootstrap(
             method="percentile",
             rng=np.random.default_rng(0),
         )
-    low, high = found.confidence_interval
-    return Interval(value, float(min(low, value)), float(max(high, value)))
+    ends = zip(values, *found.confidence_interval, strict=True)
+    return [Interval(float(x), float(min(low, x)), float(max(high, x))) for x, low, high in ends]
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> Interval:
@@ -95,10 +109,12 @@ def crossover(above: Times, below: Times) -> Interval | None:
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """t = a + b · nᵖ, fitted in relative error over `sizes`; `residual` is the largest relative one."""
+    """t = a + b · nᵖ, fitted in relative error over `sizes`; `residual` is the largest relative one. Each resampling has
+    an a, b and p of its own.
+    """
 
-    fixed: float
-    factor: float
+    fixed: Interval
+    factor: Interval
     exponent: Interval
     residual: float
     sizes: tuple[int, ...]
@@ -129,9 +145,13 @@ def power_law(times: Times) -> PowerLaw | None:
     if len(sizes) < 4:
         return None
     n = np.asarray(sizes, dtype=float) / sizes[-1]
-    exponent = _bootstrap([times[size] for size in sizes], lambda *medians: _affine(n, np.stack(medians, -1))[2])
-    fixed, factor, p, residual = map(float, _affine(n, np.asarray([np.median(times[size]) for size in sizes])))
-    return PowerLaw(fixed, factor / sizes[-1] ** p, exponent, residual, tuple(sizes))
+
+    def law(*medians: np.ndarray) -> np.ndarray:
+        a, b, p, residual = _affine(n, np.stack(medians, -1))
+        return np.stack((a, b / sizes[-1] ** p, p, residual))
+
+    fixed, factor, exponent, residual = _bootstraps([times[size] for size in sizes], law)
+    return PowerLaw(fixed, factor, exponent, residual.value, tuple(sizes))
 
 
 def local_slope(times: Times, size: int) -> Interval | None:

@@ -33,12 +33,14 @@ def speed(results: Results) -> Figure | None:
     """The fraction of the limit's rate, one group per case."""
     series: dict[str, dict[str, Measured]] = {}
     notes: dict[str, dict[str, str]] = {}
+    versions: dict[str, str] = {}
     for row in measured(results.get("timings", [])):
         if row["contender"] != results["limit"]:
             series.setdefault(row["contender"], {})[row["case"]] = _quartiles(row["of_limit"])
             note = f"{units.time(row['seconds']['median'])}, {row['rate'] / 1e9:.1f} G{results['unit']}/s"
             note += f", {of_bound(row)} of its roofline" if of_bound(row) else ""
             notes.setdefault(row["contender"], {})[row["case"]] = note
+            versions |= {row["contender"]: row["version"]} if row.get("version") else {}
     if not series:
         return None
     does = "moves as many bytes" if results["unit"] == "B" else "is the products alone"
@@ -46,7 +48,7 @@ def speed(results: Results) -> Figure | None:
         f"Further right is faster. What lies on the dotted line is as fast as {results['limit']}, which {does}; "
         "whiskers are quartiles."
     )
-    return figures.dots(series, see, "rate, of the limit's", notes=notes, line=1)
+    return figures.dots(series, see, "rate, of the limit's", notes=notes, versions=versions, line=1)
 
 
 def variant(row: dict[str, Any]) -> str:
@@ -255,7 +257,8 @@ def layer_memory(results: Results, level: str) -> Figure | None:
         f"Beyond inputs and weights, at {n:,} tokens of width {rows[0]['width']}. For the backward pass {least} is the "
         f"least that is kept, {most} the most."
     )
-    return figures.dots(series, see, "MB")
+    versions = {f"{r['name']}, {r['by']}": r["version"] for r in rows if r.get("version")}
+    return figures.dots(series, see, "MB", versions=versions)
 
 
 BATCH = "Of a batch of 8, if nothing else is said"
@@ -309,7 +312,8 @@ def rotary(results: Results) -> Figure | None:
     see += (
         " Of its roofline each is: " + "; ".join(f"{n} {x.split()[0]}" for n, x in notes.items()) + "." if notes else ""
     )
-    return figures.dots({"": milliseconds}, see, "milliseconds", notes={"": notes})
+    versions = {r["name"]: r["version"] for r in rows if r.get("version")}
+    return figures.dots({"": milliseconds}, see, "milliseconds", notes={"": notes}, versions=versions)
 
 
 def layers(results: Results) -> list[tuple[str, Figure]]:
