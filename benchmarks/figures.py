@@ -210,18 +210,13 @@ def dots(
     if line is not None:
         figure.add_vline(x=line, line={"dash": "dot", "color": GREY})
     known = versions or {}
-    rows = [
-        [
-            group,
-            name,
-            *([known.get(group) or known.get(name) or "–"] if known else []),
-            short(v) + (f" ({short(low)}–{short(high)})" if low < high else ""),
-        ]
-        for group in groups
-        for name, points in series.items()
-        if group in points
-        for v, low, high in [points[group]]
-    ]
+    rows = []
+    for group in groups:
+        for name in (name for name, points in series.items() if group in points):
+            value, low, high = series[name][group]
+            told = short(value) + (f" ({short(low)}–{short(high)})" if low < high else "")
+            version = [known.get(group) or known.get(name) or "–"] if known else []
+            rows.append([group, name, *version, told])
     return Figure(_html(figure), see, ["of", "by", *(["version"] if known else []), x], rows)
 
 

@@ -109,8 +109,8 @@ def crossover(above: Times, below: Times) -> Interval | None:
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """t = a + b · nᵖ, fitted in relative error over `sizes`; `residual` is the largest relative one. Each resampling has
-    an a, b and p of its own.
+    """t = a + b · nᵖ, fitted in relative error over `sizes`; `residual` is the largest relative one. Each resampling
+    has an a, b and p of its own.
     """
 
     fixed: Interval
