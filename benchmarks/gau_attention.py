@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,8 +32,8 @@ EXACT = 1024  # queries: beyond, errors are looked at in the first so many, the 
 @dataclass(frozen=True)
 class Case:
     """One call of one head with gate: q and k [B, n, s], v and gate [B, n, e], relu² of Su. `what`: "forward" or
-    "both"; with `past`, one query against so many keys. With `module`, a whole layer of FLASH-pytorch, "GAU" or
-    "FLASH", on rows [B, n, e / 2]."""
+    "both"; with `past`, one query against so many keys; with `mixed`, our kernel and its form in chunks alone. With
+    `module`, a whole layer of FLASH-pytorch, "GAU" or "FLASH", on rows [B, n, e / 2]."""
 
     name: str
     dtype: torch.dtype
@@ -42,12 +43,13 @@ class Case:
     what: str = "forward"
     past: int = 0
     module: str = ""
+    mixed: bool = False
 
     @property
     def bytes_moved(self) -> int:
         """Each input read once and each output written once; with their gradients, 13 tensors for 5."""
         if self.module:
-            return 2 * self.batch * self.length * WIDTH * self.dtype.itemsize
+            return 2 * self.batch * self.length * WIDTH * self.dtype.itemsize * (2 if self.what == "both" else 1)
         keys = self.past or self.length
         rows = self.batch * self.dtype.itemsize
         once = rows * (self.length * (KEY_DIM + 2 * VALUE_DIM) + keys * (KEY_DIM + VALUE_DIM))
@@ -61,7 +63,7 @@ class Case:
             within = min(self.length, CHUNK) if self.module == "FLASH" else self.length
             between = 2 * KEY_DIM * VALUE_DIM if self.module == "FLASH" else 0
             pairs = within * (KEY_DIM + VALUE_DIM) // (2 if self.causal else 1)
-            return 2 * rows * (WIDTH * (3 * VALUE_DIM + KEY_DIM) + pairs + between)
+            return 2 * rows * (WIDTH * (3 * VALUE_DIM + KEY_DIM) + pairs + between) * (3 if self.what == "both" else 1)
         deep, wide = (4, 3) if self.what == "both" else (1, 1)
         keys = self.past or self.length
         flops = 2 * self.batch * self.length * keys * (deep * KEY_DIM + wide * VALUE_DIM)
@@ -75,6 +77,8 @@ class Case:
 BASE = Case("float32, causal", torch.float32, 1, 4096, True)
 LARGE = Case("bfloat16, causal, n = 8192", torch.bfloat16, 8, 8192, True)
 LONGEST = "bfloat16, full, n = 32768"
+MIXED_CASES = (replace(BASE, name="mixed chunks, causal"), replace(BASE, name="mixed chunks, full", causal=False))
+PASSES = (("", "forward"), (", forward and backward", "both"))
 TOKENS = 32768  # in all, of sequences that share them
 VARIANTS: dict[str, dict[str, Any]] = {
     "": {},
@@ -93,7 +97,12 @@ def cases(device: str) -> list[Case]:
             replace(BASE, name="float32, causal, forward and backward", what="both"),
             replace(BASE, name="float32, full, forward and backward", what="both", causal=False),
             replace(BASE, name="bfloat16, causal", dtype=torch.bfloat16),
-            *(replace(BASE, name=f"layer {m}, causal, n = 2048", length=2048, module=m) for m in ("GAU", "FLASH")),
+            *(replace(case, name=f"{case.name}, n = 8192", length=8192, mixed=True) for case in MIXED_CASES),
+            *(
+                replace(BASE, name=f"layer {m}, causal, n = 2048{suffix}", length=2048, module=m, what=what)
+                for m in ("GAU", "FLASH")
+                for suffix, what in PASSES
+            ),
             replace(BASE, name="decode: float32, one query, 4096 keys", batch=8, length=1, past=4096),
         ]
     found = []
@@ -104,7 +113,12 @@ def cases(device: str) -> list[Case]:
     layer = replace(LARGE, dtype=torch.float32, batch=1)
     return [
         *found,
-        *(replace(layer, name=f"layer {m}, causal, float32, n = 8192", module=m) for m in ("GAU", "FLASH")),
+        *(replace(case, name=f"{case.name}, n = 8192", batch=8, length=8192, mixed=True) for case in MIXED_CASES),
+        *(
+            replace(layer, name=f"layer {m}, causal, float32, n = 8192{suffix}", module=m, what=what)
+            for m in ("GAU", "FLASH")
+            for suffix, what in PASSES
+        ),
         replace(LARGE, name="bfloat16, causal, n = 8192, forward and backward", what="both"),
         replace(LARGE, name="bfloat16, full, n = 8192, forward and backward", what="both", causal=False),
         replace(LARGE, name="decode: bfloat16, one query, 8192 keys", length=1, past=8192),
@@ -324,6 +338,8 @@ PACKAGES = ("FLASH-pytorch",)
 
 
 def contenders(case: Case) -> list[Contender]:
+    if case.mixed:
+        return [c for c in CONTENDERS if c.name in ("kx cuda", "kx cpu", MIXED)]
     return LAYERS if case.module else CONTENDERS
 
 
@@ -372,7 +388,7 @@ def _layer_limit(x: Inputs) -> Callable[[int], object]:
     q, v = rows.new_ones(len(rows), KEY_DIM), rows.new_ones(len(rows), VALUE_DIM)
 
     def call(turn: int) -> None:
-        for _ in range(x.case.batch):
+        for _ in range(x.case.batch * (3 if x.case.what == "both" else 1)):
             torch.matmul(rows, inward)
             torch.matmul(torch.matmul(q, q[:seen].mT), v[:seen])
             if x.case.module == "FLASH":
@@ -383,15 +399,16 @@ def _layer_limit(x: Inputs) -> Callable[[int], object]:
 
 
 def extras() -> dict[str, Any]:
-    """The largest error over the largest value, in float32, where scores are of order 1 and where they are as small as
-    those of a layer whose scales begin at N(0, 0.02)."""
+    """The largest error over the largest value where scores are of order 1, and where they are as small as those of a
+    layer whose scales begin at N(0, 0.02)."""
     found = []
-    for size in (1.0, 0.02):
-        x = Inputs(replace(BASE, length=512), "cpu")
+    for size, dtype, causal in itertools.product((1.0, 0.02), (torch.float32, torch.bfloat16), (True, False)):
+        x = Inputs(replace(BASE, length=512, dtype=dtype, causal=causal), "cpu")
         q, k, v, gate = x.leaves
         x.leaves = (size * q, size * k, v, gate)
-        rows = {"size": size, "flex": error(_flex(x), x)}
-        found.append(rows | {"ours": error(lambda *leaves: kx.gau_attention(*leaves, causal=True), x)})
+        ours = functools.partial(kx.gau_attention, causal=causal)
+        case = f"{str(dtype).removeprefix('torch.')}, {'causal' if causal else 'full'}"
+        found.append({"case": case, "size": size, "flex": error(_flex(x), x), "ours": error(ours, x)})
     return {"tiny_scores": found}
 
 
@@ -419,21 +436,14 @@ def _useful(results: dict[str, Any]) -> Measured | None:
     return (work / found[0] / 1e9, work / found[2] / 1e9, work / found[1] / 1e9) if found else None
 
 
-def _mixed_speedup(results: dict[str, Any]) -> Measured | None:
-    """Mixed chunks against the best of our quadratic kernels, at 8192 tokens."""
-    rows = {r["contender"]: r["seconds"] for r in results["growth"] if r["case"] == "n = 8192" and r["seconds"]}
-    mine = min((rows[name] for name in ("kx cpu", *OURS) if name in rows), key=lambda r: r["median"], default=None)
-    linear = rows.get(MIXED)
-    if mine is None or linear is None:
-        return None
-    return mine["median"] / linear["median"], mine["low"] / linear["high"], mine["high"] / linear["low"]
-
-
 def goals() -> list[Goal]:
     cpu, gpu = on("cpu"), on("cuda")
     found = []
-    for where in (cpu, gpu):
-        found.append(Goal("as fast in mixed chunks as quadratic", where, "causal, n = 8192", 6, "×", _mixed_speedup))
+    for where, quadratic in ((cpu, "kx cpu"), (gpu, "kx cuda")):
+        for case in MIXED_CASES:
+            name = f"{case.name}, n = 8192"
+            value = speedup(name, quadratic, (MIXED,))
+            found.append(Goal("as fast in mixed chunks as quadratic", where, name, 6, "×", value))
     for case, target in (
         ("float32, causal", 2.2),
         ("float32, full", 1.1),
@@ -442,9 +452,16 @@ def goals() -> list[Goal]:
     ):
         shape = f"{case}, [1, 4096], s 128, e 1536"
         found.append(Goal("as fast as torch eager", cpu, shape, target, "×", speedup(case, "torch eager")))
-    for case in ("float32, causal", "float32, full", "bfloat16, causal"):
+    for case in (
+        *(f"float32, {how}{suffix}" for how in ("causal", "full") for suffix, _ in PASSES),
+        "bfloat16, causal",
+    ):
         shape = f"{case}, [1, 4096], s 128, e 1536"
         found.append(Goal("as fast as torch.compile", cpu, shape, 1.0, "×", speedup(case, "torch.compile")))
+    for layer in cases("cpu"):
+        if layer.module:
+            value = speedup(layer.name, LAYERS[-1].name, (LAYERS[0].name,))
+            found.append(Goal("as fast as FLASH-pytorch compiled", cpu, layer.name, 1.0, "×", value))
     found.append(Goal("beside inputs and result", cpu, "float32, causal, n 4096", 64, "MB", _megabytes, at_most=True))
     for case, target in (
         ("bfloat16, full, n = 512", 0.02),

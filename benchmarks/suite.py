@@ -45,7 +45,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 # Of a run; what starts it and draws its page has the rest of 2, or of 30, minutes.
 QUICK_SECONDS, WHOLE_SECONDS = 85.0, 1620.0
 PATIENCE = 5.0  # seconds that any step is given
-COMPILED = (512, 4096)  # tokens, of these lengths, at which compilers take part
+COMPILED = (512, 2048, 4096, 8192)  # tokens, of these lengths, at which compilers take part
 MEMORY = (512, 2048, 8192, 32768)  # tokens, of the lengths that times grow over
 CODE_ANYWHERE = "of no use to a CPU; python -m kx_kernels.testing.codegen shows it on any machine"
 QUICK, PARTS, PARTIAL = (ROOT / "report" / name for name in ("quick", "parts", "partial"))

@@ -391,6 +391,23 @@ def test_saves_rows_beside_inputs(lane: Any, how_normal: str) -> None:
     assert [beside_inputs(n) for n in (30, 60)] == [30 * row, 60 * row]
 
 
+@pytest.mark.parametrize("how_normal", ["visible", "sum"])
+def test_without_gradients_nothing_is_kept_for_them(lane: Any, how_normal: str) -> None:
+    """The same bits, and on a CPU, whose allocations torch counts, one tensor as large as the output."""
+    leaves = inputs(lane)
+    how: dict[str, Any] = {"causal": True, "normalizer": how_normal, "backend": lane.backend}
+
+    def as_large() -> int:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
+            attend(*leaves, **how)
+        return sum(event.self_cpu_memory_usage >= leaves[3].nbytes for event in found.events())
+
+    alone, made = attend(*leaves, **how), as_large()
+    leaves = [x.requires_grad_() for x in leaves]
+    assert same_bits(alone, attend(*leaves, **how).detach())
+    assert lane.backend != "cpu" or (made, as_large()) == (1, 2)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
     ("n", "key_dim", "value_dim"), [(512, 128, 768), (513, 64, 1537), (640, 128, 64), (641, 32, 512), (1000, 128, 1536)]
@@ -508,6 +525,16 @@ def test_softmax_of_packed_sequences() -> None:
     with LargestResult() as largest:
         attend(q, k, v, gate, preset="gau_alpha", cu_seqlens=torch.arange(41, dtype=torch.int32))
     assert largest.elements <= 2 * 40 * 40  # scores of two heads
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_softmax_needs_no_mask_without_padding(causal: bool) -> None:
+    q, k, v, gate = (torch.randn(2, 40, 1, 8) for _ in range(4))
+    with LargestResult() as largest:
+        out = attend(q, k, v, gate, preset="gau_alpha", causal=causal)
+    assert largest.elements <= v.numel()
+    mask = torch.ones(2, 40, dtype=torch.bool)
+    torch.testing.assert_close(out, attend(q, k, v, gate, preset="gau_alpha", causal=causal, key_padding_mask=mask))
 
 
 def test_softmax_is_torchs(lane: Any) -> None:

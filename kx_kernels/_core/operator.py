@@ -83,6 +83,7 @@ class Operator:
         check(p): raises for values that no kernel could serve, where reading them waits for nothing.
         empty_results(p), empty_gradients(p): memory for either, laid out as every backend's.
         backends(): in the order that `auto` tries them.
+        alone(p): the same call where nothing but o is wanted.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Operator:
     empty_results: Callable[[Any], Any]
     empty_gradients: Callable[[Any], Any]
     backends: Callable[[], tuple[dispatch.Backend, ...]]
+    alone: Callable[[Any], Any] = lambda p: p
 
     def leaves(self, p: Any) -> tuple[Tensor | None, ...]:
         return tuple(getattr(p, name) for name in self.gradients._fields)
@@ -159,7 +161,7 @@ class Operator:
             return self.reference(p)
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self.leaves(p)):
             return _Value.apply(self, p, backend, *self.leaves(p))
-        return self.run(p, backend)[0]
+        return self.run(self.alone(p), backend)[0]
 
     def register(self) -> None:
         """Defines kx::<name> and kx::<name>_backward, each with its gradient.

@@ -66,12 +66,13 @@ OPERATOR = Operator(
     arguments=(
         "Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? bias, Tensor? a, Tensor? b, Tensor? c, "
         "Tensor? query_mask, Tensor? key_mask, Tensor? cu_seqlens, Tensor? cu_seqlens_k, int activation, "
-        "float scale, float bias_scale, float out_scale, bool by_sum, bool causal, SymInt workspace"
+        "float scale, float bias_scale, float out_scale, bool by_sum, bool causal, SymInt workspace, bool keep"
     ),
     reference=differentiable_reference,
     check=check_values,
     empty_results=empty_results,
     empty_gradients=empty_gradients,
     backends=backends,
+    alone=lambda p: p._replace(keep=False),
 )
 OPERATOR.register()

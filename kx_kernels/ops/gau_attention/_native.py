@@ -32,7 +32,8 @@ def _inputs(p: GauProblem) -> list[Tensor | None]:
 
 
 def _options(p: GauProblem) -> tuple:
-    return p.options[:-1]
+    """Those before `workspace`."""
+    return p.options[:-2]
 
 
 def run_cpu(p: GauProblem) -> Results:
@@ -169,6 +170,15 @@ def _segment(p: GauProblem, slices: int) -> int:
     return _up(-(-n_k // segments), native.cuda(p.device).gau_attention_cuda_tile)
 
 
+def _whole_rounds(p: GauProblem, room: int) -> int:
+    """Of a panel of `room` tiles so many that slices of the values come out even on the processors."""
+    tile, e = native.cuda(p.device).gau_attention_cuda_tile, p.v.shape[3]
+    wide = p.q.dtype == torch.bfloat16 and e > tile
+    slices, processors = max(1, -(-e // (2 * tile if wide else tile))), native.processors(p.device)
+    rounds = room * slices // processors
+    return rounds * processors // slices if rounds > 0 else room
+
+
 def _run_fused(p: GauProblem, slices: int, results: Results) -> None:
     segment = _segment(p, slices)
     rows = (-(-p.k.shape[1] // segment), *p.q.shape[:3])
@@ -194,7 +204,7 @@ def run_cuda(p: GauProblem) -> Results:
         return results
     tile, keys, dtype = native.cuda(p.device).gau_attention_cuda_tile, _longest(p), _operands(p)
     size = tile * max(tile, _up(keys, tile))
-    room = p.workspace // (size * dtype.itemsize)
+    room = _whole_rounds(p, p.workspace // (size * dtype.itemsize))
     slices = _slices_on_chip(p, room)
     if slices > 0:
         _run_fused(p, slices, results)

@@ -34,6 +34,7 @@ class GauProblem(NamedTuple):
     by_sum: bool  # c is 1 / the sum of a row's scores
     causal: bool
     workspace: int  # bytes
+    keep: bool = True  # what the backward pass is given as well
 
     @property
     def device(self) -> torch.device:
@@ -59,7 +60,7 @@ class Results(NamedTuple):
     """What a forward pass gives."""
 
     o: Tensor  # [B, n_q, H, e]
-    ungated: Tensor | None  # as o, or with sums of dtype `wide`, where a gate or sums are: their gradients need it
+    ungated: Tensor | None  # as o, or with sums of dtype `wide`, where a gate or sums are and their gradients need it
     sums: Tensor | None  # [B, n_q, H], of dtype `wide`: of rows of scores, where they divide
 
 
@@ -77,9 +78,10 @@ def empty_results(p: GauProblem) -> Results:
     batch, n_q, heads = p.q.shape[:3]
     o = p.q.new_empty(batch, n_q, heads, p.v.shape[3])
     sums = p.q.new_empty((batch, n_q, heads), dtype=p.wide) if p.by_sum else None
-    if p.by_sum:  # a bias' gradient is exact to `wide`, and cancels with what a row sums up to
-        return Results(o, torch.empty_like(o, dtype=p.wide), sums)
-    return Results(o, None if p.gate is None else torch.empty_like(o), sums)
+    if not p.keep or (p.gate is None and not p.by_sum):
+        return Results(o, None, sums)
+    # With sums a bias' gradient is exact to `wide`, and cancels with what a row sums up to.
+    return Results(o, torch.empty_like(o, dtype=p.wide if p.by_sum else o.dtype), sums)
 
 
 def empty_gradients(p: GauProblem) -> Gradients:

@@ -41,7 +41,7 @@ def gau_attention(
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
-    workspace: int = 64 << 20,
+    workspace: int = 256 << 20,
     backend: str | None = None,
 ) -> Tensor:
     """o_i = gate_i ⊙ c_i · Σ_j f(a·q_i·k_j + b·β_{j−i}) v_j over the keys j that query i may see.
@@ -75,7 +75,8 @@ def gau_attention(
             divide by the length, padding included; HSTU itself divides by one number for all sequences: give it as
             `normalizer`.
         activation: f: "relu2", "relu", "silu", "sigmoid", "laplace" or "identity"; "softmax" and "softmax_plus" are
-            served by torch's scaled_dot_product_attention, with n_q × n_k masks, no normalizer and no other backend.
+            served by torch's scaled_dot_product_attention, with no normalizer and no other backend, and with an
+            n_q × n_k mask where there is padding, packing, a bias, or causality of n_q ≠ n_k.
         scale: a: a number, "dim" (1/√s), "length" (1/n_k), "valid" (1 / keys of the sequence that are no padding),
             "visible" (1 / keys that the query sees), or a tensor [B, n_q] ([total] packed).
         normalizer: 1/c: "visible" (keys that the query sees), "valid", "length", "length_squared", "sum" (of the row's
@@ -435,10 +436,14 @@ class _Counts:
         return before[:, last] - before[:, first]
 
 
-def _by_softmax(p: GauProblem, how: Preset) -> Tensor:
-    """softmax and softmax_plus, by torch's own attention: what they see as an n_q × n_k mask."""
-    counts = _Counts(p.q, p.k, p.causal, p.query_mask, p.key_mask, p.cu_seqlens, p.cu_seqlens_k, p.wide)
-    group = p.q.shape[2] // p.k.shape[2]
+def _visible(p: GauProblem) -> tuple[Tensor | None, Tensor]:
+    """What sees what, bool [B or 1, 1, n_q, n_k], with rows that see nothing as if they saw all; None where torch needs
+    no mask for it. And which rows see a key, [B or 1, n_q].
+    """
+    n_q, n_k = p.q.shape[1], p.k.shape[1]
+    rows_of_all = all(x is None for x in (p.key_mask, p.query_mask, p.cu_seqlens, p.bias))
+    if rows_of_all and (not p.causal or n_q == n_k) and n_k > 0:
+        return None, torch.ones(1, n_q, dtype=torch.bool, device=p.device)
     place_q, place_k = _places(p.q, p.k, p.cu_seqlens, p.cu_seqlens_k)
     apart = place_k[None, :] - place_q[:, None]
     visible = torch.ones_like(apart, dtype=torch.bool)[None]  # [B or 1, n_q, n_k]
@@ -451,7 +456,16 @@ def _by_softmax(p: GauProblem, how: Preset) -> Tensor:
         visible = visible & p.key_mask[:, None, :]
     if p.query_mask is not None:
         visible = visible & p.query_mask[:, :, None]
-    seen = visible.any(-1)  # [B or 1, n_q]
+    seen = visible.any(-1)
+    return (visible | ~seen[..., None])[:, None], seen
+
+
+def _by_softmax(p: GauProblem, how: Preset) -> Tensor:
+    """softmax and softmax_plus, by torch's own attention."""
+    counts = _Counts(p.q, p.k, p.causal, p.query_mask, p.key_mask, p.cu_seqlens, p.cu_seqlens_k, p.wide)
+    group = p.q.shape[2] // p.k.shape[2]
+    mask: Tensor | None
+    mask, seen = _visible(p)
     factor = p.q.new_full((1, 1, 1, 1), p.scale, dtype=p.wide)
     if p.a is not None:
         factor = factor * p.a[..., None, None]
@@ -460,20 +474,27 @@ def _by_softmax(p: GauProblem, how: Preset) -> Tensor:
         length = counts._by_row("visible").clamp(min=16).to(p.wide)
         stretch = (length.log() / torch.log(length.new_tensor(512.0)))[..., None, None]
     wide_q = torch.where(seen[..., None, None], p.q.to(p.wide) * factor * stretch, 0)
-    kept = torch.ones_like(p.k[..., :1, :1], dtype=torch.bool)
+    keys, values = p.k, p.v
     if p.key_mask is not None:
-        kept = p.key_mask[..., None, None]
-    keys, values = (torch.where(kept, x, 0).repeat_interleave(group, 2) for x in (p.k, p.v))
-    mask: Tensor = (visible | ~seen[..., None])[:, None]  # [B or 1, 1, n_q, n_k]
-    if p.bias is not None:
-        at = apart.clamp(-(p.bias.shape[1] // 2), p.bias.shape[1] // 2) + p.bias.shape[1] // 2
+        keys, values = (torch.where(p.key_mask[..., None, None], x, 0) for x in (keys, values))
+    if group > 1:
+        keys, values = (x.repeat_interleave(group, 2) for x in (keys, values))
+    if p.bias is not None and mask is not None:
+        place_q, place_k = _places(p.q, p.k, p.cu_seqlens, p.cu_seqlens_k)
+        reach = p.bias.shape[1] // 2
+        at = (place_k[None, :] - place_q[:, None]).clamp(-reach, reach) + reach
         distance = p.bias_scale * p.bias[:, at][None]
         if p.b is not None:
             distance = distance * p.b[:, None, :, None]
         distance = distance * (stretch.squeeze(-1)[:, None] if stretch.dim() else 1)
         mask = torch.where(mask, distance, -torch.inf).to(p.q.dtype)
     o = F.scaled_dot_product_attention(
-        wide_q.to(p.q.dtype).transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask, scale=1.0
+        wide_q.to(p.q.dtype).transpose(1, 2),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=p.causal and mask is None,
+        scale=1.0,
     ).transpose(1, 2)
     o = torch.where(seen[..., None, None], o, 0)
     if p.gate is not None:

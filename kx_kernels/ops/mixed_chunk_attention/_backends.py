@@ -64,12 +64,13 @@ OPERATOR = Operator(
     arguments=(
         "Tensor quad_q, Tensor quad_k, Tensor lin_q, Tensor lin_k, Tensor v, Tensor? gate, Tensor? bias, Tensor? a, "
         "Tensor? b, Tensor? c, Tensor? d, Tensor? query_mask, Tensor? key_mask, Tensor? cu_seqlens, SymInt chunk_size, "
-        "int activation, float scale, float bias_scale, float out_scale, float lin_scale, bool causal"
+        "int activation, float scale, float bias_scale, float out_scale, float lin_scale, bool causal, bool keep"
     ),
     reference=differentiable_reference,
     check=check_values,
     empty_results=empty_results,
     empty_gradients=empty_gradients,
     backends=backends,
+    alone=lambda p: p._replace(keep=False),
 )
 OPERATOR.register()

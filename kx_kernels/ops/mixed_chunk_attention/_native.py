@@ -25,12 +25,17 @@ def _inputs(p: MixedProblem) -> list[Tensor | None]:
     return [p.quad_q, p.quad_k, p.lin_q, p.lin_k, p.v, p.gate, *dense, p.query_mask, p.key_mask, p.cu_seqlens]
 
 
+def _options(p: MixedProblem) -> tuple:
+    """Those before `keep`."""
+    return p.options[:-1]
+
+
 def run_cpu(p: MixedProblem) -> Results:
     results = empty_results(p)
     extension = native.load()
     assert extension is not None
     inputs = _inputs(p)  # alive while the kernel runs
-    extension.mixed_chunk_attention_cpu(_raw(*inputs), _raw(*results), p.options, torch.get_num_threads())
+    extension.mixed_chunk_attention_cpu(_raw(*inputs), _raw(*results), _options(p), torch.get_num_threads())
     return results
 
 
@@ -41,7 +46,7 @@ def run_cpu_backward(p: MixedProblem, results: Results, grad_o: Tensor) -> Gradi
     assert extension is not None
     inputs = [*_inputs(p), results.ungated, grad_o]
     outputs = _raw(*gradients[:6], bias)
-    extension.mixed_chunk_attention_cpu_backward(_raw(*inputs), outputs, p.options, torch.get_num_threads())
+    extension.mixed_chunk_attention_cpu_backward(_raw(*inputs), outputs, _options(p), torch.get_num_threads())
     return gradients._replace(bias=bias)
 
 
@@ -114,7 +119,7 @@ def run_cuda(p: MixedProblem) -> Results:
     longest = _longest(p)
     workspaces = (_scores(p, longest), *_states(p))
     inputs = _inputs(p)  # alive until the launch
-    arguments = (_raw(*inputs), _raw(*results), p.options, _raw(*workspaces), longest)
+    arguments = (_raw(*inputs), _raw(*results), _options(p), _raw(*workspaces), longest)
     native.launch("mixed_chunk_attention_cuda", p.device, *arguments)
     return results
 
@@ -138,6 +143,6 @@ def run_cuda_backward(p: MixedProblem, results: Results, grad_o: Tensor) -> Grad
         None if bias is None else p.v.new_empty(diagonals, dtype=torch.float32),
     )
     inputs = [*_inputs(p), results.ungated, grad_o]
-    arguments = (_raw(*inputs), _raw(*gradients[:6], bias), p.options, _raw(*workspaces), longest)
+    arguments = (_raw(*inputs), _raw(*gradients[:6], bias), _options(p), _raw(*workspaces), longest)
     native.launch("mixed_chunk_attention_cuda_backward", p.device, *arguments)
     return gradients._replace(bias=bias)

@@ -36,6 +36,7 @@ class MixedProblem(NamedTuple):
     out_scale: float
     lin_scale: float
     causal: bool
+    keep: bool = True  # what the backward pass is given as well
 
     @property
     def device(self) -> torch.device:
@@ -60,7 +61,7 @@ class Results(NamedTuple):
     """What a forward pass gives."""
 
     o: Tensor  # [B, n, H, e]
-    ungated: Tensor | None  # as o, where there is a gate: what its gradient needs
+    ungated: Tensor | None  # as o, where there is a gate whose gradient needs it
 
 
 class Gradients(NamedTuple):
@@ -77,7 +78,7 @@ class Gradients(NamedTuple):
 
 def empty_results(p: MixedProblem) -> Results:
     o = p.v.new_empty(*p.quad_q.shape[:3], p.v.shape[3])
-    return Results(o, None if p.gate is None else torch.empty_like(o))
+    return Results(o, torch.empty_like(o) if p.keep and p.gate is not None else None)
 
 
 def empty_gradients(p: MixedProblem) -> Gradients:
