@@ -186,7 +186,9 @@ CASES = {
     **{f"m{m}": replace(PLAIN, landmarks=m, queries=140, batch=1, heads=1) for m in (16, 30, 33, 48, 64)},
     **{f"m{m}": replace(SHORT, landmarks=m, queries=140) for m in (100, 128)},
     "m256": replace(SHORT, landmarks=256, queries=270, iterations=0),
+    "d32": replace(SHORT, dim=32, value_dim=32),
     "d64": replace(SHORT, dim=64, value_dim=64),
+    "d128": replace(SHORT, dim=128, value_dim=128),
     "d256": replace(SHORT, dim=256, value_dim=200),
     "d1": replace(SHORT, dim=1, value_dim=1),
 }
