@@ -88,6 +88,7 @@ def timings(
     common |= {"flops": case.flops, "dtype": str(case.dtype).removeprefix("torch.")}
     of = {c.name: {"kind": c.kind, "version": c.version} | (c.work(case) if c.work else {}) for c in mine}
     of[op.LIMIT] = {"kind": "limit", "version": f"torch {torch.__version__}"}
+    of[op.LIMIT] |= {"flops": 0} if op.UNIT == "B" else {}  # a copy has no products
 
     def refused(name: str) -> str | None:
         """Why it is not even tried: the least that the device allows it takes too long."""

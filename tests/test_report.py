@@ -724,6 +724,17 @@ def test_contenders_without_room_or_with_wrong_results_have_rows_without_speed(
     assert rows["torch eager"]["version"] == f"torch {torch.__version__}"
 
 
+def test_the_limit_has_products_where_it_is_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy is no faster than its roofline for products that it has not."""
+    for name, copies in (("nystrom_attention", True), ("gau_attention", False)):
+        op = suite.OPERATORS[name]
+        monkeypatch.setattr(op, "contenders", lambda case, first=op.CONTENDERS[0]: [first])
+        limit, other = suite.timings(op, replace(op.BASE, length=128), "cpu", 0.01, quick=True, allowed=60)
+        assert (limit["contender"], limit["kind"]) == (op.LIMIT, "limit")
+        assert other["flops"] > 0
+        assert limit["flops"] == (0 if copies else other["flops"])
+
+
 def check_schema(**places: Any) -> None:
     facts = dict.fromkeys(("commit", "uncommitted_changes", "date", "torch", "kx_kernels"), "")
     run = {"op": "layers", "quick": True, "environment": {"device": "", "device_kind": "cpu", **facts}, **places}
