@@ -751,6 +751,42 @@ def test_a_row_is_held_against_what_the_device_allows() -> None:
     assert measure.bound(roofline, narrow, by_torch=True) == 300
 
 
+def test_limits_are_the_best_of_all_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the sizes of products as well; measured again, they are never less."""
+    slower = iter((2.0, 1.0, 4.0))
+
+    def rounds(calls: Any, *_: Any, **__: Any) -> Any:
+        factor = next(slower)
+        return {name: [3 * factor, factor, 2 * factor] for name in calls}, {}
+
+    monkeypatch.setattr(measure, "_REACHED", {})
+    monkeypatch.setattr(measure, "rounds", rounds)
+    monkeypatch.setattr(measure, "multiplies_bfloat16", lambda device: False)
+    assert measure.limits("cpu")["flops_per_second"] == {"float32": 2048**3, "bfloat16": 256**3}
+    best = {"bytes_per_second": 2**28, "flops_per_second": {"float32": 2 * 2048**3, "bfloat16": 2 * 256**3}}
+    assert measure.reach("cpu") == best
+    assert measure.reach("cpu") == measure.limits("cpu") == best
+
+
+def test_a_run_has_the_better_of_its_first_and_its_last_limits(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = [{"bytes_per_second": b, "flops_per_second": {"float32": f}} for b, f in ((1.0, 4.0), (2.0, 3.0))]
+    row = {"bytes": 8, "flops": 4, "dtype": "float32", "seconds": {"median": 8.0}}
+    order = [("roofline", "1", limits[0]), ("times", "", [row]), ("roofline", "2", limits[1])]
+    found = [suite.Step(where, what, lambda _, value=value: value) for where, what, value in order]
+    monkeypatch.setattr(suite, "steps", lambda *_: found)
+    results = run_layers()
+    assert results["roofline"] == {"bytes_per_second": 2, "flops_per_second": {"float32": 4}}
+    assert [r["of_bound"] for r in results["times"]] == [0.5]
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_limits_are_measured_first_and_last(quick: bool) -> None:
+    for name in {*suite.NAMES} - {"quality"}:
+        first, *_, last = suite.steps(name, "cpu", quick)
+        assert (first.where, last.where) == ("roofline", "roofline")
+        assert first.key != last.key
+
+
 @pytest.mark.parametrize("name", list(suite.OPERATORS))
 def test_no_contender_is_wrong(name: str) -> None:
     """On the first tokens of every case of a CPU: where a report says so, it is about the contender, not its call."""
