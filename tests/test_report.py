@@ -346,6 +346,32 @@ def test_layers_and_decoding_are_told_by_what_was_measured() -> None:
     assert sections.decoding({"decoding": decoding}).columns[1] == "256"
 
 
+def test_how_well_medians_are_known_is_told() -> None:
+    """By the rounds' own measure, beside growth, layers, decoding and rotary embeddings."""
+    spread = {"median": 1.0, "low": 1.0, "high": 1.0}
+    rounds = ([1.0] * 4, [1.0, 1.0, 1.2, 1.2], [1.0])
+    told = f" 2 of 3 medians are known to 2 %, the worst to {100 * 0.2 / 1.1 / 2:.2g} %."
+    assert sections.known([{"seconds": spread, "times": times} for times in rounds]) == told
+    assert sections.known([{"seconds": None}, {"reason": "none"}, {"seconds": spread}]) == ""
+    rows = [{"length": n, "seconds": spread, "times": t} for n, t in zip((1, 2, 4), rounds, strict=True)]
+    part = {"name": "attention", "by": "fused", "level": "mixing", "width": 8, "what": "forward"}
+    drawn = sections.layers({
+        "times": [row | part for row in rows], "decoding": [row | {"name": "cache", "bytes": 1} for row in rows],
+        "rotary": [row | {"name": "an embedding added"} for row in rows],
+    })  # fmt: skip
+    assert [figure.see.endswith(told) for _, figure in drawn] == [True, True, False, True]  # memory has no medians
+    grown = [row | {"case": f"full, n = {row['length']}", "contender": "limit", "rate": 1.0} for row in rows]
+    figure = sections.growth({"op": "rope", "limit": "limit", "unit": "B", "growth": grown}, of="full")
+    assert figure is not None
+    assert figure.see.endswith(told)
+
+
+def test_times_beyond_their_roofline_are_counted() -> None:
+    rows = [{"bound": bound, "seconds": {"median": 1.0}} for bound in (0.5, 1.05, 1.2)]
+    assert sections.beyond({"times": rows[:2], "decoding": [{"seconds": {"median": 1.0}}]}) == ""
+    assert sections.beyond({"times": rows, "growth": rows}).startswith("2 of 6 times are shorter than their roofline")
+
+
 def test_crossovers() -> None:
     linear, square = noisy(lambda n: 1e-6 * n), noisy(lambda n: 1e-9 * n * n)
     found = fits.crossover(square, linear)
