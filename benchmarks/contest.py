@@ -12,9 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-import kx_kernels as kx
-
 from . import measure
+from .environment import own_version
 from .goals import Measured, Where
 
 WRONG = 0.05  # of the largest value: far beyond what a bfloat16 or a phase in float32 explains
@@ -60,7 +59,7 @@ class Contender:
 
     @property
     def version(self) -> str:
-        return f"kx_kernels {kx.__version__}" if self.kind == "ours" else f"{self.package} {version(self.package)}"
+        return own_version() if self.kind == "ours" else told(self.package)
 
 
 def imported(module: str, package: str) -> Any:
@@ -78,6 +77,10 @@ def version(package: str) -> str | None:
         return None
     commit = json.loads(found.read_text("direct_url.json") or "{}").get("vcs_info", {}).get("commit_id")
     return f"{found.version} ({commit[:7]})" if commit else found.version
+
+
+def told(package: str) -> str:
+    return f"{package} {version(package) or 'not installed'}"
 
 
 def versions(packages: Sequence[str]) -> dict[str, str | None]:

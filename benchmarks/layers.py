@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import kx_kernels as kx
 
 from . import contest, measure
-from .environment import cache_bytes, free_bytes
+from .environment import cache_bytes, free_bytes, own_version
 from .gau_attention import eager_scores
 
 HEAD_DIM = 64
@@ -550,9 +550,8 @@ def work(part: Part, width: int, length: int, what: str, device: str) -> dict[st
 
 def version(by: str) -> str:
     if by == "ours":
-        return f"kx_kernels {kx.__version__}"
-    package = by if by in {part.by for part in peers()} else "torch"
-    return f"{package} {contest.version(package)}"
+        return own_version()
+    return contest.told(by if by in {part.by for part in peers()} else "torch")
 
 
 def _row(part: Part, width: int, length: int) -> dict[str, Any]:

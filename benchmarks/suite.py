@@ -148,7 +148,7 @@ def host_times(op: Any, device: str, quick: bool) -> list[dict[str, Any]]:
     found = []
     for contender, call in contest.calls(op, [inputs], mine):
         for gradient in (False, True) if op.HOST_GRADIENTS else (False,):
-            row = {"case": case.name, "contender": contender.name, "gradient": gradient}
+            row = {"case": case.name, "contender": contender.name, "version": contender.version, "gradient": gradient}
             if isinstance(call, str):
                 found.append(row | {"reason": call})
                 continue
@@ -168,7 +168,8 @@ def memory(op: Any, case: Any, device: str, compiled: bool, allowed: float) -> l
     inputs = op.Inputs(case, device)
     values = sum(x.numel() * x.itemsize for x in inputs.leaves)
     for contender in entered(op.contenders(case), compiled):
-        row = {"case": case.name, "length": case.length, "contender": contender.name, "values": values}
+        row = {"case": case.name, "length": case.length, "contender": contender.name, "version": contender.version}
+        row |= {"values": values}
         work = {"bytes": case.bytes_moved, "flops": case.flops, "dtype": str(case.dtype).removeprefix("torch.")}
         work |= contender.work(case) if contender.work else {}
         if why := allowance.refused(least_seconds(contender.name, work, device)):

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import compare, contest, counts, figures, fits, layers, measure, sections, suite, units
+import kx_kernels as kx
+from benchmarks import compare, contest, counts, environment, figures, fits, layers, measure, sections, suite, units
 from benchmarks.claims import FAILS, HOLDS, OPEN, all_claims, cost
 from benchmarks.claims.cost import flops
 from benchmarks.claims.evidence import Evidence
@@ -690,6 +691,7 @@ def test_who_is_missing_has_a_row_that_says_why(monkeypatch: pytest.MonkeyPatch)
             assert [row["contender"] for row in rows] == ["torch eager", "broken"]
             assert "reason" not in rows[0]
             assert rows[1]["reason"].endswith(why)
+            assert rows[0]["version"] == f"torch {torch.__version__}"
         check_schema(host=host, memory=memory)
         listed = sections.missing({"nystrom_attention": {"op": "nystrom_attention", "host": host, "memory": memory}})
         assert [(row[0], row[2]) for row in listed] == [
@@ -759,6 +761,14 @@ def test_the_limit_has_products_where_it_is_products(monkeypatch: pytest.MonkeyP
         assert (limit["contender"], limit["kind"]) == (op.LIMIT, "limit")
         assert other["flops"] > 0
         assert limit["flops"] == (0 if copies else other["flops"])
+
+
+def test_every_version_has_its_commit_or_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "commit", lambda: "abcdef0")
+    ours = contest.Contender("", "ours", no_room).version
+    assert ours == layers.version("ours") == f"kx_kernels {kx.__version__} (abcdef0)"
+    assert contest.Contender("", "peer", no_room, "no-such-package").version == "no-such-package not installed"
+    assert layers.version("fused") == f"torch {torch.__version__}"
 
 
 def check_schema(**places: Any) -> None:
