@@ -708,6 +708,22 @@ def test_every_time_has_its_roofline() -> None:
     check_schema(decoding=rows[:4], rotary=rows[4:9])
 
 
+def test_memory_is_what_a_call_holds() -> None:
+    """At most at any moment, its result included; and of what it saves only what was not there before."""
+
+    def call() -> torch.Tensor:
+        large, small = torch.empty(2 << 20), torch.empty(1 << 20)  # 12 MiB at once
+        del large
+        return small[: 1 << 19].clone()
+
+    assert measure.peak_bytes(call, "cpu") == 12 << 20
+    x = torch.randn(1000, requires_grad=True)
+    assert measure.saved_bytes(lambda: x.exp(), [x]) == x.nbytes  # its result
+    assert measure.saved_bytes(lambda: x.square(), [x]) == 0  # x itself
+    assert measure.saved_bytes(lambda: x.exp().sin(), [x]) == x.nbytes  # the exponential, kept twice
+    assert measure.saved_bytes(lambda: x.exp().exp(), [x]) == 2 * x.nbytes
+
+
 def test_a_call_that_fails_leaves_the_others_to_go_on() -> None:
     turns: list[int] = []
 
