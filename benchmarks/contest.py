@@ -97,9 +97,9 @@ def wrong(off: float, most: float = WRONG) -> str | None:
     return None if off <= most else f"wrong: off by {off:.2g} of the largest value"
 
 
-def most_off(contender: Contender, x: Inputs) -> float:
-    """How far a contender may be off."""
-    return WRONG_OURS if contender.kind == "ours" and x.case.dtype == torch.float32 else WRONG
+def most_off(ours: bool, dtype: torch.dtype) -> float:
+    """How far a result may be off."""
+    return WRONG_OURS if ours and dtype == torch.float32 else WRONG
 
 
 def gradients_off(op: Any, contender: Contender, case: Any, device: str) -> float:
@@ -139,7 +139,7 @@ def _call(op: Any, contender: Contender, sets: Sequence[Any]) -> Callable[[int],
             device = sets[0].leaves[0].device.type
             error = max(error, gradients_off(op, contender, sets[0].case, device))
         timed = {"forward": _forward, "backward": _backward, "both": _both}[sets[0].case.what]
-        return wrong(error, most_off(contender, sets[0])) or timed(function, sets)
+        return wrong(error, most_off(contender.kind == "ours", sets[0].case.dtype)) or timed(function, sets)
     except Missing as missing:
         return str(missing)
     except Exception as failure:  # one that breaks on this case, or has no room for it, is a finding
