@@ -12,9 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-import kx_kernels as kx
-
 from . import measure
+from .environment import own_version
 from .goals import Measured, Where
 
 WRONG = 0.05  # of the largest value: far beyond what a bfloat16 or a phase in float32 explains
@@ -60,7 +59,7 @@ class Contender:
 
     @property
     def version(self) -> str:
-        return f"kx_kernels {kx.__version__}" if self.kind == "ours" else f"{self.package} {version(self.package)}"
+        return own_version() if self.kind == "ours" else told(self.package)
 
 
 def imported(module: str, package: str) -> Any:
@@ -80,6 +79,10 @@ def version(package: str) -> str | None:
     return f"{found.version} ({commit[:7]})" if commit else found.version
 
 
+def told(package: str) -> str:
+    return f"{package} {version(package) or 'not installed'}"
+
+
 def versions(packages: Sequence[str]) -> dict[str, str | None]:
     return {package: version(package) for package in packages}
 
@@ -94,9 +97,9 @@ def wrong(off: float, most: float = WRONG) -> str | None:
     return None if off <= most else f"wrong: off by {off:.2g} of the largest value"
 
 
-def most_off(contender: Contender, x: Inputs) -> float:
-    """How far a contender may be off."""
-    return WRONG_OURS if contender.kind == "ours" and x.case.dtype == torch.float32 else WRONG
+def most_off(ours: bool, dtype: torch.dtype) -> float:
+    """How far a result may be off."""
+    return WRONG_OURS if ours and dtype == torch.float32 else WRONG
 
 
 def gradients_off(op: Any, contender: Contender, case: Any, device: str) -> float:
@@ -136,7 +139,7 @@ def _call(op: Any, contender: Contender, sets: Sequence[Any]) -> Callable[[int],
             device = sets[0].leaves[0].device.type
             error = max(error, gradients_off(op, contender, sets[0].case, device))
         timed = {"forward": _forward, "backward": _backward, "both": _both}[sets[0].case.what]
-        return wrong(error, most_off(contender, sets[0])) or timed(function, sets)
+        return wrong(error, most_off(contender.kind == "ours", sets[0].case.dtype)) or timed(function, sets)
     except Missing as missing:
         return str(missing)
     except Exception as failure:  # one that breaks on this case, or has no room for it, is a finding

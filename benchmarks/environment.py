@@ -35,6 +35,15 @@ def _git(*command: str) -> str | None:
 
 
 @functools.cache
+def commit() -> str | None:
+    return _git("rev-parse", "--short", "HEAD")
+
+
+def own_version() -> str:
+    return f"kx_kernels {kx.__version__}" + (f" ({commit()})" if commit() else "")
+
+
+@functools.cache
 def _cpu() -> dict[str, str]:
     """What lscpu knows: name, cores, caches, clocks."""
     lines = (_output(["lscpu"]) or "").splitlines()
@@ -98,7 +107,7 @@ def environment(device: str) -> dict[str, Any]:
     facts |= {
         "device": device_name(device),
         "device_kind": device,
-        "commit": _git("rev-parse", "--short", "HEAD"),
+        "commit": commit(),
         "uncommitted_changes": None if status is None else bool(status),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "clocks_mhz": clocks(device),

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import kx_kernels as kx
 
 from . import contest, measure
-from .environment import cache_bytes, free_bytes
+from .environment import cache_bytes, free_bytes, own_version
 from .gau_attention import eager_scores
 
 HEAD_DIM = 64
@@ -354,11 +354,20 @@ def _their_performer(width: int) -> nn.Module:
     return Attention(width, Transposed())
 
 
-def _our_performer(peer: Any, width: int) -> nn.Module:
-    """Of the same features, to which nothing is added."""
-    made = PerformerOurs()
-    made.features.projection.copy_(peer.mix.mix.projection_matrix)
-    layer = Attention(width, made)
+def _exact_performer(peer: Any, width: int) -> nn.Module:
+    """Theirs adds 1e-4 to features that the largest projection has scaled, which changes what attention gives."""
+    projection = peer.mix.mix.projection_matrix
+
+    def features(x: Tensor, *scaled: int) -> Tensor:
+        y = x.transpose(1, 2) * HEAD_DIM**-0.25
+        logs = y @ projection.T
+        return (logs - y.square().sum(-1, keepdim=True) / 2 - logs.amax(scaled, keepdim=True)).exp() + 1e-4
+
+    def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = features(q, -1), features(k, -2, -1)
+        return (q @ (k.mT @ v.transpose(1, 2)) / (q @ k.sum(2)[..., None])).transpose(1, 2)
+
+    layer = Attention(width, mix)
     layer.inputs, layer.output = peer.inputs, peer.output
     return layer
 
@@ -378,7 +387,7 @@ def peers() -> Iterator[Part]:
         theirs, ours = (_twice(_of(f"{where}flash_pytorch", name, **how)) for where in ("", COMPAT))
         kept = 2 if name == "GAU" else 0
         yield Part(f"{name} × 2", "FLASH-pytorch", "layer", theirs, gated=True, kept=kept, exact=_standing_in(ours))
-    yield Part("Performer", "performer-pytorch", "layer", _their_performer, exact=_our_performer)
+    yield Part("Performer", "performer-pytorch", "layer", _their_performer, exact=_exact_performer)
 
 
 def parts() -> Iterator[Part]:
@@ -503,7 +512,7 @@ def call(part: Part, width: int, length: int, what: str, device: str) -> Callabl
     else:
         which = (part.level, part.name, part.by, width, device)
         off = max(outputs_off(*which), gradients_off(*which) if what == "both" else 0.0)
-    if why := contest.wrong(off):
+    if why := contest.wrong(off, contest.most_off(part.by == "ours", dtype_of(device))):
         raise contest.Missing(why)
     if what == "forward":
 
@@ -550,9 +559,8 @@ def work(part: Part, width: int, length: int, what: str, device: str) -> dict[st
 
 def version(by: str) -> str:
     if by == "ours":
-        return f"kx_kernels {kx.__version__}"
-    package = by if by in {part.by for part in peers()} else "torch"
-    return f"{package} {contest.version(package)}"
+        return own_version()
+    return contest.told(by if by in {part.by for part in peers()} else "torch")
 
 
 def _row(part: Part, width: int, length: int) -> dict[str, Any]:
@@ -640,11 +648,13 @@ def _named(
     calls: Mapping[str, Callable[[int], object]],
     errors: Mapping[str, float],
     device: str,
+    dtype: torch.dtype,
     seconds: float,
     allowed: float,
 ) -> list[dict[str, Any]]:
     """A row for each call, of those whose result is right with times."""
-    reasons = {name: why for name in calls if (why := contest.wrong(errors[name]))}
+    most = {name: contest.most_off(name in OURS, dtype) for name in calls}
+    reasons = {name: why for name in calls if (why := contest.wrong(errors[name], most[name]))}
     right = {name: call for name, call in calls.items() if name not in reasons}
     rounds, failed = measure.rounds(right, device, seconds, measure.Allowance(allowed))
     reasons |= failed
@@ -689,7 +699,7 @@ def _decoding(
         attention: {"bytes": cache, "moved": cache, "flops": 4 * keys.numel()},
         state: {"bytes": kept, "moved": 2 * kept, "flops": 4 * kv.numel()},
     }
-    rows = _named({attention: cached, state: recurrent}, errors, device, seconds, allowed)
+    rows = _named({attention: cached, state: recurrent}, errors, device, dtype, seconds, allowed)
     name = str(dtype).removeprefix("torch.")
     return [row | {"length": length, "dtype": name} | numbers[row["name"]] for row in rows]
 
@@ -734,5 +744,6 @@ def rotary(device: str, seconds: float, quick: bool, allowed: float) -> list[dic
 
     errors = {name: error(call) for name, call in calls.items() if "RoPE" in name}
     moved = 2 * (q.nbytes + k.nbytes)  # read and written once
-    rows = _named(calls, {"a copy": 0.0, "an embedding added": 0.0} | errors, device, seconds, allowance.left)
+    errors |= {"a copy": 0.0, "an embedding added": 0.0}
+    rows = _named(calls, errors, device, torch.float32, seconds, allowance.left)
     return [row | {"bytes": moved, "flops": 0, "dtype": "float32"} for row in rows]

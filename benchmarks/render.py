@@ -80,6 +80,7 @@ def device(parts: Parts) -> dict[str, Any]:
         "claims": claims(parts),
         "layers": sections.layers(parts["layers"]) if "layers" in parts else [],
         "layers_roofline": parts.get("layers", {}).get("roofline"),
+        "layers_beyond": sections.beyond(parts.get("layers", {})),
         "losses": sections.losses(parts.get("quality")),
         "operators": [sections.operator(parts[name]) for name in OPERATORS if name in parts],
         "missing": sections.missing(parts),

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from . import figures, fits, models, nystrom_attention, units
+from . import figures, fits, measure, models, nystrom_attention, units
 from .claims import FAILS, HOLDS
 from .claims import figures as claim_figures
 from .claims.cost import added, place
@@ -16,6 +16,7 @@ Results = dict[str, Any]
 BESIDE = ("attention", "feed-forward", "projections")  # drawn in eager torch as well
 DRAWN = {*BESIDE, "linear attention", "Performer", "Nyström, m = 64", "GAU", "FLASH", "GAU × 2", "FLASH × 2"}
 SAME_LOSS = 1e-5  # nats per byte
+BEYOND = 1.1  # of its roofline: more is no noise
 
 
 def measured(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -24,6 +25,24 @@ def measured(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _quartiles(spread: dict[str, float], factor: float = 1.0) -> Measured:
     return spread["median"] * factor, spread["low"] * factor, spread["high"] * factor
+
+
+def known(rows: list[dict[str, Any]]) -> str:
+    """How many medians are known as well as rounds try to, and how well the worst is."""
+    found = [measure.precision(row["times"]) for row in measured(rows) if "times" in row]
+    if not found:
+        return ""
+    enough, limit = sum(x <= measure.PRECISION for x in found), 100 * measure.PRECISION
+    return f" {enough} of {len(found)} medians are known to {limit:g} %, the worst to {100 * max(found):.2g} %."
+
+
+def beyond(results: Results) -> str:
+    """How many times are less than their roofline allows, if any are."""
+    places = ("timings", "growth", "shared", "times", "decoding", "rotary")
+    rows = [row for place in places for row in measured(results.get(place, [])) if row.get("bound")]
+    count = sum(row["bound"] > BEYOND * row["seconds"]["median"] for row in rows)
+    why = "it was measured in slow moments, or what they read was in caches"
+    return f"{count} of {len(rows)} times are shorter than their roofline by more than 10 %: {why}." if count else ""
 
 
 # Operators
@@ -107,6 +126,7 @@ def growth(results: Results, *, rows: str = "growth", of: str = "", small: bool 
         see = "The same number of tokens in longer and fewer sequences: what is level is linear in n."
     else:
         see += overtaken(results, of)
+    see += "" if small else known([row for row in results[rows] if variant(row) == of])
     return figures.lines(
         series,
         see,
@@ -133,6 +153,7 @@ def landmarks(results: Results) -> Figure | None:
     if not series:
         return None
     see = "Look whether a line rises with the landmarks or faster: products with them grow as m, the inverse as m³."
+    see += known([row for row in results[where] if row["case"] in sizes])
     return figures.lines(series, see, "landmarks m", "milliseconds", versions=versions, times=times)
 
 
@@ -180,6 +201,7 @@ def operator(results: Results) -> dict[str, Any]:
         "speed": speed(results),
         "growth": grown(results, "growth"),
         "shared": grown(results, "shared"),
+        "beyond": beyond(results),
         "landmarks": landmarks(results) if results["op"] == "nystrom_attention" else None,
         "products": products(results["counts"]),
         "tables": tables(results["tables"]) if results.get("tables") else None,
@@ -227,6 +249,7 @@ def layer_times(results: Results, level: str, width: int, what: str) -> Figure |
     see = _fastest({name: points for name, points in series.items() if not name.startswith(BESIDE[1:])})
     if any("(" in cell for points in cells.values() for cell in points.values()):
         see += " In the table, in brackets: how much of its roofline each time is."
+    see += known(rows)
     return figures.lines(series, see, "tokens n", "milliseconds", cells=cells, versions=versions, times=times)
 
 
@@ -289,6 +312,7 @@ def decoding(results: Results) -> Figure | None:
     series = {name: figures.median_milliseconds(mine) for name, mine in times.items()}
     see = f"{BATCH}: {_grown(series, lambda x: units.time(x / 1e3))}."
     see += " In the table, in brackets: how much of its roofline each time is." if "bound" in rows[0] else ""
+    see += known(rows)
     return figures.lines(series, see, "context", "milliseconds", cells=cells, versions=versions, times=times)
 
 
@@ -312,6 +336,7 @@ def rotary(results: Results) -> Figure | None:
     see += (
         " Of its roofline each is: " + "; ".join(f"{n} {x.split()[0]}" for n, x in notes.items()) + "." if notes else ""
     )
+    see += known(rows)
     versions = {r["name"]: r["version"] for r in rows if r.get("version")}
     return figures.dots({"": milliseconds}, see, "milliseconds", notes={"": notes}, versions=versions)
 

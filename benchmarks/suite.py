@@ -88,6 +88,7 @@ def timings(
     common |= {"flops": case.flops, "dtype": str(case.dtype).removeprefix("torch.")}
     of = {c.name: {"kind": c.kind, "version": c.version} | (c.work(case) if c.work else {}) for c in mine}
     of[op.LIMIT] = {"kind": "limit", "version": f"torch {torch.__version__}"}
+    of[op.LIMIT] |= {"flops": 0} if op.UNIT == "B" else {}  # a copy has no products
 
     def refused(name: str) -> str | None:
         """Why it is not even tried: the least that the device allows it takes too long."""
@@ -147,7 +148,7 @@ def host_times(op: Any, device: str, quick: bool) -> list[dict[str, Any]]:
     found = []
     for contender, call in contest.calls(op, [inputs], mine):
         for gradient in (False, True) if op.HOST_GRADIENTS else (False,):
-            row = {"case": case.name, "contender": contender.name, "gradient": gradient}
+            row = {"case": case.name, "contender": contender.name, "version": contender.version, "gradient": gradient}
             if isinstance(call, str):
                 found.append(row | {"reason": call})
                 continue
@@ -167,7 +168,8 @@ def memory(op: Any, case: Any, device: str, compiled: bool, allowed: float) -> l
     inputs = op.Inputs(case, device)
     values = sum(x.numel() * x.itemsize for x in inputs.leaves)
     for contender in entered(op.contenders(case), compiled):
-        row = {"case": case.name, "length": case.length, "contender": contender.name, "values": values}
+        row = {"case": case.name, "length": case.length, "contender": contender.name, "version": contender.version}
+        row |= {"values": values}
         work = {"bytes": case.bytes_moved, "flops": case.flops, "dtype": str(case.dtype).removeprefix("torch.")}
         work |= contender.work(case) if contender.work else {}
         if why := allowance.refused(least_seconds(contender.name, work, device)):
@@ -238,7 +240,6 @@ def operator_steps(op: Any, name: str, device: str, quick: bool) -> Iterator[Ste
         cases, sweep, shared = [cases[0], cases[-1]], sweep[:5:2], []
     most = max(cases, key=lambda case: case.work)
     measured = cases[:1] if quick else dict.fromkeys([cases[0], most, *(c for c in sweep if c.length in MEMORY)])
-    yield Step("roofline", "copy and products", lambda _: measure.limits(device), 1)
     for where, chosen, budget in (("timings", cases, seconds), ("growth", sweep, short), ("shared", shared, short)):
         for case in chosen:
             compiled = not quick and (where == "timings" or (where == "growth" and case.length in COMPILED))
@@ -269,7 +270,6 @@ def layer_steps(device: str, quick: bool) -> Iterator[Step]:
     seconds, least = (0.3, 3) if quick else (2.0, 5)
     passes = {"forward": lengths} | ({} if quick else {"both": layers.BOTH})
     places = [(size, n, what) for what, mine in passes.items() for size in mine for n in mine[size]]
-    yield Step("roofline", "copy and products", lambda _: measure.limits(device), 1)
 
     def times(level: str, width: int, n: int, what: str) -> Step:
         name = f"H = {width}, n = {n}{', forward and backward' if what == 'both' else ''}, {level}"
@@ -312,9 +312,10 @@ NAMES = (*OPERATORS, "layers", "quality")
 def steps(name: str, device: str, quick: bool) -> list[Step]:
     if name == "quality":
         return list(quality_steps(quick))
-    if name == "layers":
-        return list(layer_steps(device, quick))
-    return list(operator_steps(OPERATORS[name], name, device, quick))
+    mine = layer_steps(device, quick) if name == "layers" else operator_steps(OPERATORS[name], name, device, quick)
+    first = Step("roofline", "copy and products", lambda _: measure.limits(device, quick), 2 if quick else 6)
+    last = Step("roofline", "copy and products, again", lambda _: measure.reach(device, quick), first.seconds)
+    return [first, *mine, last]
 
 
 def holder(places: Sequence[str]) -> str:
@@ -410,6 +411,8 @@ def _results(name: str, head: dict[str, Any], todo: list[Step], kept: Kept) -> d
             continue
         if step.where == "":
             results |= value
+        elif step.where == "roofline":
+            results["roofline"] = measure.better(value, results.get("roofline", value))
         elif isinstance(value, list):
             results[step.where] = results.get(step.where, []) + value
         else:
