@@ -714,6 +714,25 @@ def test_counted_is_computed() -> None:
     assert "1/√d 3.66 to 8.51" in counted["D7"]
     assert "320 (m = 64)" in counted["C16"]
     assert "1.14 times at 10,000" in counted["C7"]
+    assert "201,326,592 scores kept, 49,152 numbers of states: 4,096 times fewer" in counted["C9"]
+    assert "products 63.5 times" in counted["C9"]
+    assert "fewer states than scores beyond n = 4,096," in counted["C10"]
+    assert "64 times as many" in counted["C12"]
+    assert "fewer products beyond n = 64," in counted["C13"]
+    assert "4,160 numbers of a state, 128 of each token in a cache: fewer from n = 32.5" in counted["C14"]
+    assert "scores 12 n², of two units 2 n²: 6 times fewer" in counted["C19"]
+    assert "1.06 times as many products at least, at n = 128" in counted["C20"]
+    assert counted["C25"] == "d = 128: 256 for 16,384, 64 times fewer; d = 64: 128 for 4,096, 32 times fewer"
+
+
+def test_what_is_kept_is_counted_once_and_without_inputs() -> None:
+    """Of attention its weights alone, which two products and a softmax share."""
+    n, h = 100, layers.WIDTHS["base"] // layers.HEAD_DIM
+    part = layers.find("mixing", "attention", "eager")
+    assert part is not None
+    assert layers.kept(part, layers.WIDTHS["base"], n) == [h * n * n]
+    on_cpu = layers.memory([part], layers.WIDTHS["base"], n, "cpu", 60)[0]
+    assert on_cpu["saved"] == 4 * h * n * n
 
 
 def test_what_is_counted_is_what_random_inputs_give() -> None:

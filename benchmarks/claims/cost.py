@@ -6,10 +6,17 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import scipy.optimize
+import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import kx_kernels as kx
+from kx_kernels.ops.rope import reference
 
 from .. import fits, layers, units
 from . import FAILS, HOLDS, OPEN, Answer, Claim, each, less, mean, within, worst
@@ -127,6 +134,13 @@ EVERY_PAIR = (PAIRS[0], ("ours against materialised attention", ("ours", "eager"
 def flops(level: str, name: str, by: str, width: int, length: int) -> int:
     part = next(p for p in layers.parts() if (p.level, p.name, p.by) == (level, name, by))
     return layers.counted(part, width, length)
+
+
+@functools.cache
+def kept(level: str, name: str, by: str, length: int) -> tuple[int, ...]:
+    """Numbers of each tensor that is kept for backward, the largest first."""
+    part = next(p for p in layers.parts() if (p.level, p.name, p.by) == (level, name, by))
+    return tuple(sorted(layers.kept(part, H, length), reverse=True))
 
 
 def counted_crossover(above: Callable[[int], int], below: Callable[[int], int], unit: int = 1) -> int:
@@ -372,6 +386,12 @@ def units_against_pair(e: Evidence) -> Iterator[Answer]:
     yield from each([(f"memory, {of}", by) for of, by in PAIRS], memory)
 
 
+def counted_units_against_pair() -> str:
+    found = {n: flops("layer", "GAU × 2", "eager", H, n) / layer_flops(n) for n in CEILINGS}
+    least = min(found, key=lambda n: found[n])
+    return f"{found[least]:.2f} times as many products at least, at n = {least}; {counted_pair_memory()}"
+
+
 def mixed_against_quadratic(e: Evidence) -> Iterator[Answer]:
     for level, name in (("mixing", ""), ("layer", " × 2")):
 
@@ -397,6 +417,39 @@ def mixed_gains() -> dict[int, float]:
 
 
 # C9, C10, C12, C13, C19
+SCORES, LINEAR = ("mixing", "attention", "eager"), ("mixing", "linear attention", "eager")
+STATES = ("mixing", "causal linear attention", "every state")
+
+
+def counted_memory() -> str:
+    n = 4096
+    scores, mine = kept(*SCORES, n), kept(*LINEAR, n)
+    states = max(set(mine) & set(kept(*LINEAR, 2 * n)))  # what does not grow
+    products = flops(*SCORES, H, n) / flops(*LINEAR, H, n)
+    return (
+        f"at n = {n:,} {scores[0]:,} scores kept, {states:,} numbers of states: {scores[0] / states:,.0f} times fewer; "
+        f"of all that is kept {sum(scores) / sum(mine):.0f} times, products {products:.1f} times"
+    )
+
+
+def counted_states() -> str:
+    largest, whole = (
+        counted_crossover(lambda n, f=f: f(kept(*SCORES, n)), lambda n, f=f: f(kept(*STATES, n))) for f in (max, sum)
+    )
+    return f"fewer states than scores beyond n = {largest - 1:,}, of all that is kept {whole - 1:,}"
+
+
+def counted_gradient() -> str:
+    n = 1024
+    states, values = kept(*STATES, n)[0], n * H
+    return f"at n = {n:,} {states:,} numbers of states for {values:,} of values: {states / values:g} times as many"
+
+
+def counted_training() -> str:
+    fewer = counted_crossover(lambda n: sum(kept(*SCORES, n)), lambda n: sum(kept(*LINEAR, n)))
+    return f"{counted_overtaking('linear attention')}, fewer numbers kept beyond {fewer - 1:,}"
+
+
 def memory_against_time(e: Evidence) -> Iterator[Answer]:
     n = 4096
 
@@ -546,6 +599,24 @@ def gated_memory(e: Evidence) -> Iterator[Answer]:
     yield from each([("mixing alone, in eager torch, n = 4,096", (4096,))], scores)
 
 
+def counted_units() -> str:
+    n = 4096
+    scores, unit = (kept("mixing", name, "eager", n)[0] for name in ("attention", "GAU"))
+    told = f"scores {scores / n**2:g} n², of two units {2 * unit / n**2:g} n²: {scores / (2 * unit):g} times fewer"
+    return f"{told}; {counted_pair_memory()}"
+
+
+def counted_pair_memory() -> str:
+    """Of all that layers keep for backward."""
+
+    def numbers(name: str, n: int) -> int:
+        return sum(kept("layer", name, "eager", n))
+
+    found = {n: (numbers("attention", n) + numbers("feed-forward", n)) / numbers("GAU × 2", n) for n in (1024, 4096)}
+    told = ", ".join(f"{x:.2f} times at n = {n:,}" for n, x in found.items())
+    return f"numbers that the pair keeps for those of the units: {told}"
+
+
 # C11
 def chunk_states(e: Evidence) -> Iterator[Answer]:
     n, s = 1024, layers.KEY_DIM
@@ -619,6 +690,14 @@ def decoding(e: Evidence) -> Iterator[Answer]:
         ("3,072 tokens (CIFAR-10) without a cache, batch 1", (", batch 1", 3072, 4462.0, False)),
     ]
     yield from each(said, faster)
+
+
+def counted_decoding() -> str:
+    """What linear attention hands on after one token, and what a cache keeps of it."""
+    q, k, v = torch.ones(3, 1, 1, 1, D)
+    out = kx.linear_attention(q, k, v, return_state=True, backend="reference")
+    state, token = sum(x.numel() for x in out[1]), k.numel() + v.numel()
+    return f"{state:,} numbers of a state, {token} of each token in a cache: fewer from n = {state / token:g}"
 
 
 # C15
@@ -823,6 +902,30 @@ def counted_rotary() -> str:
     return f"about 10 units of bytes against 2; {share:.3%} of the multiplications of a layer at n = {n:,}"
 
 
+class Multiplied(TorchDispatchMode):
+    """Counts numbers that are multiplied one by one."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.count += out.numel() if func is torch.ops.aten.mul.Tensor else 0
+        return out
+
+
+def counted_matrices() -> str:
+    """Of one vector: the reference's multiplications, and a product's, which are half of its operations."""
+    found = []
+    for d in (2 * D, D):
+        x, tables = torch.ones(1, 1, 1, d), kx.rope_tables(1, d)
+        with Multiplied() as turned:
+            reference.rope(x, None, *tables)
+        with FlopCounterMode(display=False) as matrix:
+            x @ torch.eye(d)
+        found.append((d, turned.count, matrix.get_total_flops() // 2))
+    return "; ".join(f"d = {d}: {few:,} for {many:,}, {many / few:g} times fewer" for d, few, many in found)
+
+
 def matrices(e: Evidence) -> Iterator[Answer]:
     found = fits.ratio(*(e.named("rotary", name)[0]["times"] for name in ("RoPE, as matrices", "RoPE, ours")))
     told = f"matrices take {found} times as long as ours"
@@ -914,7 +1017,7 @@ CLAIMS = [
             "times",
             "memory",
         ),
-        lambda: f"scores h·n², states h·d²: n²/d² = {4096**2 // D**2:,} at n = 4,096",
+        counted_memory,
         memory_against_time,
     ),
     Claim(
@@ -923,7 +1026,7 @@ CLAIMS = [
         "K8934",
         "n = 4,096 for d = 64",
         ("memory",),
-        lambda: "n·d² numbers for n²",
+        counted_states,
         states_against_scores,
     ),
     Claim(
@@ -941,7 +1044,7 @@ CLAIMS = [
         "Katharopoulos et al. 2020",
         "about 64 for d = 64",
         ("memory",),
-        lambda: "n·d² numbers for n·d",
+        counted_gradient,
         naive_autograd,
     ),
     Claim(
@@ -950,7 +1053,7 @@ CLAIMS = [
         "Katharopoulos et al. 2020",
         "faster and smaller from n = 512 to 65,536; softmax ends at 4,096 in 11 GB",
         ("times", "training"),
-        lambda: f"n·d² products for n²·d: fewer from n = {D}",
+        counted_training,
         longest,
     ),
     Claim(
@@ -959,7 +1062,7 @@ CLAIMS = [
         "Katharopoulos et al. 2020",
         "n⁰ against n¹; 784 tokens 19 times as fast as with a cache, 317 times as without; 3,072 tokens 56 and 4,462",
         ("decoding", "times"),
-        lambda: f"d² + d numbers against 2·n·d: fewer from n = {(D + 1) / 2:g}",
+        counted_decoding,
         decoding,
     ),
     Claim(
@@ -1006,7 +1109,7 @@ CLAIMS = [
         "K8934",
         "6 times fewer scores; nearly 2 in all at n = 1,024",
         ("memory",),
-        lambda: "2 n² numbers for 12 n²",
+        counted_units,
         gated_memory,
     ),
     Claim(
@@ -1015,7 +1118,7 @@ CLAIMS = [
         "K9052",
         "n = 512; less memory, and ever less as n grows",
         ("times", "memory"),
-        lambda: "never fewer products (C18)",
+        counted_units_against_pair,
         units_against_pair,
     ),
     Claim(
@@ -1042,7 +1145,7 @@ CLAIMS = [
         "K8265, Su et al. 2021",
         "64 times fewer for d = 128, 32 for d = 64",
         ("rotary",),
-        lambda: f"{2 * D} against {D * D:,}",
+        counted_matrices,
         matrices,
     ),
 ]
