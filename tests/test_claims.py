@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+import kx_kernels as kx
+
 pytest.importorskip("scipy")
 
 from benchmarks import fits, layers, models, quality
@@ -533,6 +535,29 @@ def test_scores_of_a_trained_model_decay_in_every_head(share: float, verdict: st
     assert computed("D2", real_decay=rows)["scores of a trained model, in every head"] == verdict
 
 
+@pytest.mark.parametrize(("most", "verdict"), [(0.9, HOLDS), (1.1, FAILS), (None, OPEN)])
+def test_a_score_that_exceeds_its_bound(most: float | None, verdict: str) -> None:
+    rows = [sampled({"distance": m, "score": 0.5, "less": 1.0, "size": 0.7, "bound": 30.0}) for m in (1, 256)]
+    rows = [r | {"sizes": [0.7, 0.7], "bounds": [20.0, 40.0]} for r in rows]
+    rows[0] |= {} if most is None else {"most": most}
+    rows[1] |= {"most": 0.2}
+    assert computed("D2", real_decay=rows)["no score of a trained model exceeds its bound"] == verdict
+
+
+def test_bounds_are_of_the_scores_that_rope_gives() -> None:
+    """Where all products are one number the bound is Σ |Sᵢ| of it; a score is what kx.rope gives."""
+    q, k = torch.randn(2, 1, 20, 2, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    tables = kx.rope_tables(20, 32, dtype=torch.float64)
+    s = torch.einsum("bihd,bjhd->bhij", *kx.rope(q, k, *tables))
+    sizes, bounds = quality.bounded(q, k, 3)
+    either = torch.cat((s.diagonal(-3, 2, 3), s.diagonal(3, 2, 3)), -1).abs()
+    torch.testing.assert_close(sizes, either.transpose(1, 2))
+    assert (sizes <= bounds).all()
+    same = torch.stack((torch.ones(1, 20, 1, 64), torch.zeros(1, 20, 1, 64)), -1).flatten(-2).double()  # 1 of each pair
+    bound = 2 / 128 * quality.bounded(same, same, 4)[1]
+    torch.testing.assert_close(bound, torch.full_like(bound, quality.decay()[2]["bound"]))
+
+
 @pytest.mark.parametrize(("last", "sums", "size"), [(0.3, HOLDS, FAILS), (0.8, HOLDS, HOLDS), (1.0, FAILS, HOLDS)])
 def test_weights_of_a_rotated_numerator(last: float, sums: str, size: str) -> None:
     rows = [sampled({"position": i, "sum": x, "negative": 0.01, "least": 0.2}) for i, x in ((0, 1.0), (511, last))]
@@ -640,10 +665,15 @@ def test_to_lose_less_is_not_to_lose_nothing(softmax: float, does_not_fail: str,
     assert found["trained at 512: softmax does not fail"] == does_not_fail
     assert found["trained at 512: relu²/n loses more"] == loses_more
     assert found["trained at 512: softmax with log n beyond does better"] == OPEN
-    rows[1] |= {"roformer, log n": softmax - 0.1, "gau, n fixed": 2.6}
+    plus = "trained at 512: softmax_plus, log n at every length, does better"
+    assert found[plus] == OPEN
+    rows[1] |= {"roformer, log n": softmax - 0.1, "gau, n fixed": 2.6, "roformer, softmax_plus": softmax + 0.1}
     found = computed("D6", beyond=[sampled(r) for r in rows])
     assert found["trained at 512: softmax with log n beyond does better"] == HOLDS
     assert found["trained at 512: relu² with an n that stays beyond does better"] == FAILS
+    assert found[plus] == FAILS
+    rows[1]["roformer, softmax_plus"] = softmax - 0.1
+    assert computed("D6", beyond=[sampled(r) for r in rows])[plus] == HOLDS
 
 
 @pytest.mark.parametrize(("rms", "verdict"), [((0.1, 0.003), HOLDS), ((0.1, 0.05), FAILS)])
@@ -789,9 +819,11 @@ def test_scores_grow_beyond_the_trained_length_only() -> None:
     layer = models.Attention(models.Config("softmax", True))
     q, k, v = heads_of(2 * models.CONTEXT)
     with torch.no_grad():
-        plain, scaled = layer.mix(q, k, v), quality._scaled(layer, q, k, v)
+        plain, scaled, plus = layer.mix(q, k, v), *(quality._scaled(layer, n, q, k, v) for n in (models.CONTEXT, 16))
     torch.testing.assert_close(scaled[:, : models.CONTEXT], plain[:, : models.CONTEXT])
     assert (scaled[:, -1] - plain[:, -1]).abs().max() > 1e-3
+    torch.testing.assert_close(plus[:, models.CONTEXT :], scaled[:, models.CONTEXT :])
+    assert (plus[:, 100] - plain[:, 100]).abs().max() > 1e-3  # softmax_plus scales before as well
 
 
 def test_rows_are_means_of_their_samples() -> None:

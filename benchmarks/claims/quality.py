@@ -108,6 +108,17 @@ def real_decay(e: Evidence) -> Iterator[Answer]:
     why = f"means, over their root mean square; less at {rows[-1]['distance']} than at 1 in a share of {share} of heads"
     yield Answer("scores of a trained model, in every head", told, within(share, 1, 1), why)
 
+    def below(of: str) -> Answer:
+        most = max(_pick(r, "most") for r in rows)
+        told = ", ".join(f"{mean(r, 'size')} below {mean(r, 'bound')} at {r['distance']:,}" for r in rows)
+        last = rows[-1]
+        heads = ", ".join(f"{x:.2f} below {b:.0f}" for x, b in zip(last["sizes"], last["bounds"], strict=True))
+        why = f"sizes and bounds, means, over the same root mean square; by head at {last['distance']:,} {heads}; "
+        why += f"no score is more than {most:.2f} of its own bound, in float64"
+        return Answer(of, told, _holds(most <= 1), why)
+
+    yield from each([("no score of a trained model exceeds its bound", ())], below)
+
 
 def rotated(e: Evidence) -> Iterator[Answer]:
     rows = e.computed("rotated_features")
@@ -361,6 +372,7 @@ def beyond(e: Evidence) -> Iterator[Answer]:
     said = [
         ("trained at 512: relu² with an n that stays beyond does better", ("gau, n fixed", "gau")),
         ("trained at 512: softmax with log n beyond does better", ("roformer, log n", "roformer")),
+        ("trained at 512: softmax_plus, log n at every length, does better", ("roformer, softmax_plus", "roformer")),
     ]
     yield from each([("trained at 512: relu²/n loses more", ())], loses_more)
     yield from each([("trained at 512: softmax does not fail", ())], fails)
@@ -604,7 +616,7 @@ CLAIMS = [
         "D2",
         "The bound on RoPE's scores decays with distance (and, as it is often read, so do the scores).",
         "K8265",
-        "the bound 32.5, 13.4 at 32, 5.3 at 512",
+        "the bound 32.5, 13.4 at 32, 5.3 at 512; no score exceeds its own",
         ("decay", "real_decay"),
         counted_decay,
         _all(decay, real_decay),
