@@ -720,6 +720,23 @@ def test_landmarks_on_made_up_sequences() -> None:
     assert "(said: 0.11)" in told
 
 
+@pytest.mark.parametrize(
+    ("six", "inverse", "expected"),
+    [(0.004, 1e-14, [HOLDS, HOLDS]), (1e-9, 1e-3, [FAILS, FAILS]), (None, 0, [OPEN] * 2)],
+)
+def test_as_many_landmarks_as_tokens(six: float | None, inverse: float, expected: list[str]) -> None:
+    errors = {"per_matrix": six, "pinv": inverse}
+    rows = [
+        sampled({"error": float(x)}, 0) | {"smooth": smooth, "inverse": how, "landmarks": 1024}
+        for how, x in errors.items()
+        for smooth in (0.0, 0.95, 0.99)
+        if six is not None
+    ]
+    found = computed("D10", landmarks=rows)
+    names = ("m = n: six iterations are not exact", "m = n: the exact inverse is exact")
+    assert [found[of] for of in names] == expected
+
+
 @pytest.mark.parametrize(("rank", "flat", "expected"), [(16.0, 5.5, 2 * [HOLDS]), (15.0, 5.0, 2 * [FAILS])])
 def test_ranks_of_random_attention(rank: float, flat: float, expected: list[str]) -> None:
     rows = [
