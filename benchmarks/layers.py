@@ -540,6 +540,14 @@ def counted(part: Part, width: int, length: int) -> int:
     return counter.get_total_flops()
 
 
+def kept(part: Part, width: int, length: int) -> list[int]:
+    """Numbers of each tensor that an eager forward pass keeps for the backward pass, beyond inputs and weights."""
+    function, weights = part.made(width, "meta")
+    inputs = [torch.empty(shape, device="meta", requires_grad=True) for shape in part.shapes(width, length)]
+    sizes = measure.saved(lambda: function(*inputs), [*inputs, *weights])
+    return [size // inputs[0].itemsize for size in sizes]
+
+
 def work(part: Part, width: int, length: int, what: str, device: str) -> dict[str, Any]:
     """The products of the eager form, and bytes of inputs, weights and output once each; thrice with gradients.
 

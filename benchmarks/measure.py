@@ -313,16 +313,20 @@ def peak_bytes(call: Callable[[], object], device: str) -> int:
     return own + max(itertools.accumulate((size for _, size in sorted(changes)), initial=0))
 
 
-def saved_bytes(call: Callable[[], object], inputs: Sequence[Tensor]) -> int:
-    """What autograd keeps for the backward pass, beyond the inputs themselves."""
-    kept: dict[int, int] = {}
+def saved(call: Callable[[], object], inputs: Sequence[Tensor]) -> list[int]:
+    """Bytes of each storage that autograd keeps for the backward pass, beyond the inputs themselves."""
+    kept: dict[int, int] = {}  # by what meta tensors have as well, which have no address
 
     def keep(x: Tensor) -> Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         result = call()
     del result
-    own = {x.untyped_storage().data_ptr() for x in inputs}
-    return sum(size for address, size in kept.items() if address not in own)
+    own = {x.untyped_storage()._cdata for x in inputs}
+    return [size for storage, size in kept.items() if storage not in own]
+
+
+def saved_bytes(call: Callable[[], object], inputs: Sequence[Tensor]) -> int:
+    return sum(saved(call, inputs))

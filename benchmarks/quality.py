@@ -73,21 +73,43 @@ def decay() -> list[dict[str, Any]]:
     return found
 
 
+def bounded(q: Tensor, k: Tensor, distance: int) -> tuple[Tensor, Tensor]:
+    """Sizes of the scores of tokens so far apart, and the bound on each, max |hᵢ₊₁ - hᵢ| Σ |Sᵢ|: hᵢ are the products of
+    q and k [B, n, H, D], not turned, as complex numbers, and Sᵢ are sums of RoPE's phases.
+    """
+    turns, far = phases([distance], q.shape[-1])[0], q.shape[1] - distance
+    q, k = (torch.view_as_complex(x.unflatten(-1, (-1, 2))) for x in (q, k))
+    h = torch.cat((q[:, distance:] * k[:, :far].conj(), k[:, distance:] * q[:, :far].conj()), 1)  # either way
+    steps = torch.cat((h, torch.zeros_like(h[..., :1])), -1).diff()
+    return (h * turns).sum(-1).real.abs(), steps.abs().amax(-1) * turns.cumsum(0).abs().sum()
+
+
 def real_decay() -> list[dict[str, Any]]:
     """Mean scores of a trained model's queries and keys at a distance, over their root mean square in a head; and the
-    share of heads in which they are less than at distance 1. Of each sequence.
+    share of heads in which they are less than at distance 1. So their sizes and bounds, by head as well; and the
+    largest share of its bound that a score has. Of each sequence.
     """
-    distances, scores = (0, 1, 4, 16, 64, 256), []
+    distances, scores, sizes, most = (0, 1, 4, 16, 64, 256), [], [], []
     for q, k, _ in _activations("roformer-masked", models.CONTEXT):
-        s = torch.einsum("bihd,bjhd->bhij", q, k).double()
+        q, k = q.double(), k.double()
+        s = torch.einsum("bihd,bjhd->bhij", q, k)
+        rms = s.square().mean((2, 3)).sqrt()
         means = [torch.stack([s.diagonal(t, 2, 3).mean(2) for t in {m, -m}]).mean(0) for m in distances]
-        scores.append(torch.stack(means) / s.square().mean((2, 3)).sqrt())
+        scores.append(torch.stack(means) / rms)
+        plain = kx.rope(q, k, *kx.rope_tables(q.shape[1], q.shape[3], dtype=WIDE), inverse=True)
+        pairs = [bounded(*plain, m) for m in distances]
+        sizes.append(torch.stack([torch.stack([x.mean(1) / rms for x in pair]) for pair in pairs]))
+        most.append([(size / bound).max().item() for size, bound in pairs])
     heads = torch.cat(scores, 2)  # [distances, sequences, heads of all layers]
-    less = (heads < heads[1]).double()
-    return [
-        _sampled({"score": heads[i].mean(1).tolist(), "less": less[i].mean(1).tolist()}, distance=m)
-        for i, m in enumerate(distances)
-    ]
+    less, beside = (heads < heads[1]).double(), torch.cat(sizes, 3)  # of these sizes and bounds
+    found = []
+    for i, m in enumerate(distances):
+        size, bound = beside[i]
+        each = {"score": heads[i], "less": less[i], "size": size, "bound": bound}
+        by_head = {"sizes": size.mean(0).tolist(), "bounds": bound.mean(0).tolist()}
+        samples = {name: x.mean(1).tolist() for name, x in each.items()}
+        found.append(_sampled(samples, distance=m, most=max(x[i] for x in most), **by_head))
+    return found
 
 
 def rotated_features() -> list[dict[str, Any]]:
@@ -291,9 +313,12 @@ def landmarks() -> list[dict[str, Any]]:
         v = q @ _random(d, d, seed=4) / d**0.5 if smooth else v
         q, k, v = (y[None] for y in (q, k, v))
         exact = F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (q, k, v))).transpose(1, 2)
-        for init, counts in (("per_matrix", (8, 16, 32, 64, 128, 256)), ("pinv", (32, 64, 128))):
-            for m in counts:
-                out = kx.nystrom_attention(q, k, v, num_landmarks=m, pinv_iterations=6, pinv_init=init)
+        for init, counts in (("per_matrix", (8, 16, 32)), ("pinv", (32,))):
+            for m in (*counts, 64, 128, 256, 512, n):
+                how: dict[str, Any] = {"num_landmarks": m, "pinv_iterations": 6, "pinv_init": init}
+                how["landmarks"] = "lucidrains"  # by landmarks where all tokens are, as well
+                how["backend"] = "reference" if m > 256 else None  # our own would take minutes
+                out = kx.nystrom_attention(q, k, v, **how)
                 assert isinstance(out, Tensor)
                 error = ((out - exact).norm(dim=(1, 3)) / exact.norm(dim=(1, 3)))[0].tolist()
                 found.append(_sampled({"error": error}, smooth=smooth, inverse=init, landmarks=m))
@@ -480,25 +505,28 @@ def bands() -> list[dict[str, Any]]:
     return found
 
 
-def _scaled(layer: models.Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention whose scores grow with log n beyond the trained length."""
-    n = torch.arange(1, q.shape[1] + 1).clamp_min(models.CONTEXT)
+def _scaled(layer: models.Attention, least: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention whose scores grow with log n, of keys that are seen, from so many on."""
+    n = torch.arange(1, q.shape[1] + 1).clamp_min(least)
     return layer.softmax(q * (n.log() / math.log(models.CONTEXT))[:, None, None], k, v)
 
 
+LEAST = {"roformer, log n": models.CONTEXT, "roformer, softmax_plus": 16}  # keys, that a scale of log n begins with
+
+
 def beyond() -> list[dict[str, Any]]:
-    """Nats per byte at and beyond the trained length, on the same bytes each time. As trained; and with scores that
-    grow by log n, or a divisor n that stays, beyond that length.
+    """Nats per byte at and beyond the trained length, on the same bytes each time. As trained; with scores that grow by
+    log n, or a divisor n that stays, beyond that length; and with softmax_plus, which is log n from 16 keys on.
     """
     found = []
     for length in (models.CONTEXT, 2 * models.CONTEXT, 4 * models.CONTEXT):
         samples = {}
         text = _sentences(4 * models.CONTEXT, 6).view(-1, length)
-        for name in ("roformer", "gau", "linear", "roformer, log n", "gau, n fixed"):
+        for name in ("roformer", "gau", "linear", "roformer, log n", "roformer, softmax_plus", "gau, n fixed"):
             model = models.load(name.split(", ")[0])
             for layer in model.layers:
-                if name == "roformer, log n" and isinstance(layer, models.Attention):
-                    layer.mix = functools.partial(_scaled, layer)
+                if name in LEAST and isinstance(layer, models.Attention):
+                    layer.mix = functools.partial(_scaled, layer, LEAST[name])
                 if name == "gau, n fixed" and isinstance(layer, kx.nn.GatedAttentionUnit):
                     seen = torch.arange(1, length).clamp_max(models.CONTEXT)
                     layer.normalizer = (1 / seen).expand(len(text), -1)

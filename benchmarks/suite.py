@@ -49,7 +49,7 @@ COMPILED = (512, 2048, 4096, 8192)  # tokens, of these lengths, at which compile
 MEMORY = (512, 2048, 8192, 32768)  # tokens, of the lengths that times grow over
 CODE_ANYWHERE = "of no use to a CPU; python -m kx_kernels.testing.codegen shows it on any machine"
 QUICK, PARTS, PARTIAL = (ROOT / "report" / name for name in ("quick", "parts", "partial"))
-TRAINED = ("approximations", "real_maps", "trained", "beyond")  # whose models take their time: not in a quick run
+SLOW = ("landmarks", "approximations", "real_maps", "trained", "beyond")  # not in a quick run
 OPERATORS = {
     "rope": rope,
     "linear_attention": linear_attention,
@@ -302,8 +302,8 @@ def layer_steps(device: str, quick: bool) -> Iterator[Step]:
 
 def quality_steps(quick: bool) -> Iterator[Step]:
     for name, experiment in quality.EXPERIMENTS.items():
-        if not (quick and name in TRAINED):
-            yield Step(name, name, lambda _, find=experiment: find(), 6 if name in TRAINED else 1)
+        if not (quick and name in SLOW):
+            yield Step(name, name, lambda _, find=experiment: find(), 6 if name in SLOW else 1)
 
 
 NAMES = (*OPERATORS, "layers", "quality")

@@ -188,7 +188,11 @@ def approximations(e: Evidence) -> Figure:
 
 def beyond(e: Evidence) -> Figure:
     named = {"roformer": "softmax attention", "gau": "GAU, ours", "linear": "linear attention, ours"}
-    named |= {"roformer, log n": "softmax attention, log n", "gau, n fixed": "GAU, n fixed, ours"}
+    named |= {
+        "roformer, log n": "softmax attention, log n",
+        "roformer, softmax_plus": "softmax_plus",
+        "gau, n fixed": "GAU, n fixed, ours",
+    }
     series = {named.get(name, name): points for name, points in _by_length(e.computed("beyond")).items()}
     see = "Small models of bytes trained at 512: what longer text does to their loss."
     return figures.lines(series, see, "tokens n", "nats per byte", logarithmic="x")
