@@ -1,12 +1,19 @@
 """`python -m benchmarks report`: measure, then draw. `measure` and `render` do one half each.
 
-`picture` draws, and photographs the first screen for the README.
+`picture` draws, and photographs the first screen for the README. What measures is a process of its own, which is begun
+again if a contender crashes it.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -16,6 +23,56 @@ from . import compare, suite
 from .claims import Claim, all_claims
 from .claims.evidence import Evidence
 from .environment import ROOT, device_name
+
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # by which a user ends a process
+ENDS = 20  # of a measuring process, that one command gets over
+GRACE = 3.0  # seconds: a terminal interrupts both processes, `kill` this one alone
+
+
+def ended(command: Sequence[str]) -> int:
+    """Runs it; the status that it ended with, negative for a signal. What stops this process stops it too."""
+    child = subprocess.Popen(command)
+    before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    try:
+        return child.wait()
+    except KeyboardInterrupt:
+        with suppress(subprocess.TimeoutExpired):
+            return child.wait(GRACE)
+        child.send_signal(signal.SIGINT)
+        return child.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def survive(command: Callable[[bool], Sequence[str]]) -> None:
+    """Runs it, given whether it is the first time, and again while it ends by a signal that is not the user's."""
+    for turn in range(ENDS):
+        status = ended(command(turn == 0))
+        if status >= 0 or -status in STOPS:
+            break
+        print(f"\nmeasuring ended by {signal.Signals(-status).name}: it goes on", file=sys.stderr)
+    if status:
+        raise SystemExit(status if status > 0 else 128 - status)
+
+
+def measuring(options: argparse.Namespace, first: bool) -> list[str]:
+    """The command that measures what these options say, in a process of its own."""
+    given = [sys.executable, "-m", "benchmarks", "measure", "--here", "--device", options.device]
+    given += [word for name in options.only or () for word in ("--only", name)]
+    given += [] if options.seconds is None else ["--seconds", str(options.seconds)]
+    return given + ["--quick"] * options.quick + ["--fresh"] * (options.fresh and first)
+
+
+def measure(options: argparse.Namespace, claims: dict[str, Claim]) -> None:
+    names = [name for name in options.only or suite.NAMES if name not in claims]
+    for name, results in suite.run(names, options.device, options.quick, options.fresh, None, options.seconds).items():
+        file = suite.kept_file(name, options.device, options.quick).relative_to(ROOT)
+        print(f"measured in {results['wall_seconds']:.0f} s: {file}")
+        for failure in results["failed"]:
+            print(f"  not measured: {failure['step']}: {failure['reason']}")
+    for name in options.only or ():
+        if name in claims:
+            print(answers(claims[name], options))
 
 
 def answers(claim: Claim, options: argparse.Namespace) -> str:
@@ -45,23 +102,17 @@ def main() -> None:
         help=f"that measuring may take ({suite.WHOLE_SECONDS:g}; --quick: {suite.QUICK_SECONDS:g})",
     )  # fmt: skip
     parser.add_argument("--fresh", action="store_true", help="do not go on from an interrupted run")
+    parser.add_argument("--here", action="store_true", help="measure in this process, which a crash ends")
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="print what changed since an earlier run")
     options = parser.parse_args()
     old = json.loads(options.compare.read_text()) if options.compare else None  # before it is measured again
     if old and not options.only:
         options.only = [old["op"]]
     if options.what in ("report", "measure"):
-        names = [name for name in options.only or suite.NAMES if name not in claims]
-        for name, results in suite.run(
-            names, options.device, options.quick, options.fresh, None, options.seconds
-        ).items():
-            file = suite.kept_file(name, options.device, options.quick).relative_to(ROOT)
-            print(f"measured in {results['wall_seconds']:.0f} s: {file}")
-            for failure in results["failed"]:
-                print(f"  not measured: {failure['step']}: {failure['reason']}")
-        for name in options.only or ():
-            if name in claims:
-                print(answers(claims[name], options))
+        if options.here:
+            measure(options, claims)
+        else:
+            survive(functools.partial(measuring, options))
     if old:
         print(compare.table(old, options.device, options.quick))
     if options.what != "measure":

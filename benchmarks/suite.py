@@ -39,6 +39,7 @@ from . import (
     rope,
     units,
 )
+from .calling import calling, last, told
 from .environment import ROOT, cache_bytes, device_name, environment, slug
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -153,8 +154,9 @@ def host_times(op: Any, device: str, quick: bool) -> list[dict[str, Any]]:
                 continue
             leaves = [x.detach().requires_grad_(gradient) for x in inputs.leaves]
             try:
-                function = contender.prepare(inputs)
-                spread = measure.host_seconds(lambda f=function, x=leaves: f(*x), device, 5 if quick else 30)
+                with calling(contender.name):
+                    function = contender.prepare(inputs)
+                    spread = measure.host_seconds(lambda f=function, x=leaves: f(*x), device, 5 if quick else 30)
                 found.append(row | asdict(spread))
             except Exception as error:
                 found.append(row | {"reason": measure.reason(error)})
@@ -174,9 +176,8 @@ def memory(op: Any, case: Any, device: str, compiled: bool, allowed: float) -> l
             found.append(row | {"reason": why})
             continue
         try:
-            found.append(row | _held(contender, inputs, device))
-        except contest.Missing as missing:
-            found.append(row | {"reason": str(missing)})
+            with calling(contender.name):
+                found.append(row | _held(contender, inputs, device))
         except Exception as error:
             found.append(row | {"reason": measure.reason(error)})
     return found
@@ -223,7 +224,7 @@ class Step(NamedTuple):
         return f"{self.where}/{self.what}"
 
 
-def calling(case: Any, device: str) -> float:
+def call_seconds(case: Any, device: str) -> float:
     """About how many seconds the calls of four contenders take, beyond what rounds of fast ones do; few if they are so
     many that the case is refused.
     """
@@ -244,7 +245,7 @@ def operator_steps(op: Any, name: str, device: str, quick: bool) -> Iterator[Ste
             compiled = not quick and (where == "timings" or (where == "growth" and case.length in COMPILED))
             find = functools.partial(timings, op, case, device, budget, quick, compiled=compiled)
             imports = (4 if quick else 10) if case == cases[0] and where == "timings" else 0  # of peers, once
-            expected = 2 * budget + imports + (1 if quick else 10 if compiled else 2) + calling(case, device)
+            expected = 2 * budget + imports + (1 if quick else 10 if compiled else 2) + call_seconds(case, device)
             expected *= 2 if where == "timings" else 1  # which goals are about
             yield Step(where, case.name, find, expected)
     yield Step("host", "host time", lambda _: host_times(op, device, quick), 2 if quick else 15)
@@ -338,25 +339,26 @@ class Kept:
     """What the steps of one run have found so far, in a file that a later run goes on from.
 
     A file of another commit, another device or other versions is left aside. A step that the process did not survive is
-    tried once more.
+    tried again without the contender that was called, or, if there was none, once more.
     """
 
     def __init__(self, file: Path, facts: dict[str, Any], fresh: bool) -> None:
-        self.file, self.facts = file, facts
+        self.file, self.facts, self.called = file, facts, file.with_suffix(".called")
         self.found: dict[str, Any] = {}
         self.failed: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
-        self.ended: list[str] = []  # in these the process ended
+        self.ended: dict[str, list[str]] = {}  # in these the process ended, and in which of their contenders
         if fresh or not file.exists():
             return
         old = json.loads(file.read_text())
         if old["facts"] != json.loads(json.dumps(facts)):
             return
         self.found, self.failed, self.seconds, self.ended = (old[k] for k in ("found", "failed", "seconds", "ended"))
-        if (begun := old["begun"]) in self.ended:
-            self.failed[begun] = "the process ended in it, twice"
-        elif begun is not None:
-            self.ended.append(begun)
+        if (begun := old["begun"]) is not None:
+            contender, before = last(self.called), self.ended.setdefault(begun, [])
+            if contender in before:
+                self.failed[begun] = "the process ended in it, twice"
+            before.append(contender)
 
     def done(self, step: Step) -> bool:
         return step.key in self.found or step.key in self.failed
@@ -369,7 +371,7 @@ class Kept:
         self._write(begun=step.key)
         begin = time.perf_counter()
         try:
-            with measure.ending(most):
+            with measure.ending(most), told(self.called, self.ended.get(step.key, ())):
                 self.found[step.key] = step.find(allowed)
         except measure.OutOfTime:
             self.failed[step.key] = f"no time was left for it after {units.time(most)}"

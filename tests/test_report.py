@@ -7,7 +7,9 @@ import importlib
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,6 +26,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import __main__ as command
 from benchmarks import compare, contest, counts, figures, fits, layers, measure, sections, suite, units
 from benchmarks.claims import FAILS, HOLDS, OPEN, all_claims, cost
 from benchmarks.claims.cost import flops
@@ -473,6 +476,78 @@ def test_a_step_that_ends_the_process_is_tried_once_more(steps: Steps) -> None:
     assert results["failed"] == [{"step": "rows/b", "reason": "the process ended in it, twice"}]
 
 
+CRASHES = """
+import ctypes, functools, sys
+from dataclasses import replace
+from pathlib import Path
+from benchmarks import contest, layers, suite
+
+suite.QUICK, suite.PARTIAL = (Path(sys.argv[1]) / name for name in ("quick", "partial"))
+op = suite.OPERATORS["nystrom_attention"]
+crash = contest.Contender("crash", "peer", lambda x: lambda *_: ctypes.string_at(0))
+op.contenders = lambda case: [crash, *(c for c in op.CONTENDERS if c.name == "torch eager")]
+case = replace(op.BASE, length=128, heads=1)
+part = layers.find("mixing", "attention", "eager")
+parts = [part, replace(part, by="crash", build=lambda _: lambda *_: ctypes.string_at(0))]
+find = layers.find
+layers.find = lambda *which: parts[1] if which[2] == "crash" else find(*which)
+found = {
+    "timings": functools.partial(suite.timings, op, case, "cpu", 0.01, True),
+    "times": functools.partial(layers.times, parts, 64, 128, "forward", "cpu", 0.01),
+    "later": lambda s: [{}],
+}
+suite.steps = lambda *_: [suite.Step(where, "x", find) for where, find in found.items()]
+suite.run(["nystrom_attention"], "cpu", True)
+"""
+
+
+def test_a_contender_that_crashes_has_a_row_that_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The others of its step have times, and later steps run."""
+    command.survive(lambda first: [sys.executable, "-c", CRASHES, str(tmp_path)])
+    assert capfd.readouterr().err.count("measuring ended by SIGSEGV: it goes on") == 2
+    (file,) = (tmp_path / "quick").rglob("*.json")
+    found = json.loads(file.read_text())
+    ours = {"timings": "contender", "times": "by"}
+    reasons = {place: {row[name]: row.get("reason") for row in found[place]} for place, name in ours.items()}
+    ended = "the process ended in it"
+    limit = suite.OPERATORS["nystrom_attention"].LIMIT
+    assert reasons["timings"] == {limit: None, "torch eager": None, "crash": ended}
+    assert reasons["times"] == {"eager": None, "crash": ended}
+    assert found["later"] == [{}]
+    assert found["failed"] == []
+    assert not list((tmp_path / "partial").rglob("*.*"))
+
+
+def test_an_interrupt_ends_what_measures_and_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Though it was for this process alone; and nothing is begun again."""
+    wait = "import pathlib, sys, time\np = pathlib.Path(sys.argv[1])\n"
+    wait += "try: p.touch(), time.sleep(60)\nfinally: p.unlink()"
+    ready, turns = tmp_path / "ready", []
+    monkeypatch.setattr(command, "GRACE", 0.1)
+
+    def interrupt() -> None:
+        while not ready.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def waiting(first: bool) -> list[str]:
+        turns.append(first)
+        threading.Thread(target=interrupt, daemon=True).start()
+        return [sys.executable, "-c", wait, str(ready)]
+
+    begin = time.perf_counter()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background has not
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            command.survive(waiting)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stopped.value.code == 128 + signal.SIGINT
+    assert turns == [True]
+    assert not ready.exists()
+    assert time.perf_counter() - begin < 10
+
+
 @pytest.mark.parametrize("where", ["partial", "quick"])
 def test_a_disk_that_is_full_is_no_end(steps: Steps, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     before = run_layers()
@@ -876,8 +951,6 @@ def test_what_a_whole_run_and_extras_write_is_in_the_schema(steps: Steps) -> Non
 def test_the_kept_run_is_read_before_it_is_measured_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from benchmarks import __main__ as command
-
     file = tmp_path / "rope.json"
 
     def write(median: float) -> None:
@@ -893,7 +966,7 @@ def test_the_kept_run_is_read_before_it_is_measured_again(
     write(1.0)
     monkeypatch.setattr(suite, "kept_file", lambda *_: file)
     monkeypatch.setattr(suite, "run", run)
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "measure", "--compare", str(file)])
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "measure", "--here", "--compare", str(file)])
     command.main()
     assert capsys.readouterr().out.split()[-3:] == ["2.00", "(1.64–2.44)", "slower"]
 
