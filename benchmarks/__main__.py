@@ -63,24 +63,29 @@ def measuring(options: argparse.Namespace, first: bool) -> list[str]:
     return given + ["--quick"] * options.quick + ["--fresh"] * (options.fresh and first)
 
 
-def measure(options: argparse.Namespace, claims: dict[str, Claim]) -> None:
-    names = [name for name in options.only or suite.NAMES if name not in claims]
-    for name, results in suite.run(names, options.device, options.quick, options.fresh, None, options.seconds).items():
+def measure(options: argparse.Namespace, names: Sequence[str], claims: Sequence[Claim]) -> None:
+    """Whole runs of these names, and what all these claims need at once."""
+    how = (options.device, options.quick, options.fresh)
+    for name, results in (suite.run(names, *how, None, options.seconds) if names else {}).items():
         file = suite.kept_file(name, options.device, options.quick).relative_to(ROOT)
         print(f"measured in {results['wall_seconds']:.0f} s: {file}")
         for failure in results["failed"]:
             print(f"  not measured: {failure['step']}: {failure['reason']}")
-    for name in options.only or ():
-        if name in claims:
-            print(answers(claims[name], options))
+    if claims:
+        places, parts = {x for c in claims for x in c.needs}, {x for c in claims for x in c.asks()}
+        asked = suite.Asked([c.id for c in claims], places, parts)
+        evidence = Evidence(suite.run(holders(claims), *how, asked, options.seconds))
+        for claim in claims:
+            print(answers(claim, evidence))
 
 
-def answers(claim: Claim, options: argparse.Namespace) -> str:
-    """Measures what a claim needs, beside what is kept, and tells what it says to the claim."""
-    name = suite.holder(claim.needs)
-    row = claim.row(
-        Evidence(suite.run([name], options.device, options.quick, options.fresh, claim.needs, options.seconds))
-    )
+def holders(claims: Sequence[Claim]) -> list[str]:
+    return list(dict.fromkeys(suite.holder(claim.needs) for claim in claims))
+
+
+def answers(claim: Claim, evidence: Evidence) -> str:
+    """What was measured says to the claim."""
+    row = claim.row(evidence)
     table = tabulate([list(a.values()) for a in row["answers"]], ["read as", "measured", "verdict", "why"])
     return (
         f"{claim.id}: {claim.says} ({claim.source})\npredicted: {claim.predicted}\ncounted: {row['counted']}\n{table}"
@@ -88,11 +93,11 @@ def answers(claim: Claim, options: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    claims = {claim.id: claim for claim in all_claims()}
+    every = all_claims()
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("what", choices=["report", "measure", "render", "picture"])
     parser.add_argument(
-        "--only", choices=[*suite.NAMES, *claims], action="append", metavar="NAME",
+        "--only", choices=[*suite.NAMES, *(claim.id for claim in every)], action="append", metavar="NAME",
         help=f"{', '.join(suite.NAMES)}, or the number of a claim: what to measure (everything)",
     )  # fmt: skip
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
@@ -108,9 +113,11 @@ def main() -> None:
     old = json.loads(options.compare.read_text()) if options.compare else None  # before it is measured again
     if old and not options.only:
         options.only = [old["op"]]
+    claims = [claim for claim in every if claim.id in (options.only or ())]
+    names = [name for name in suite.NAMES if name in (options.only or suite.NAMES)]
     if options.what in ("report", "measure"):
         if options.here:
-            measure(options, claims)
+            measure(options, names, claims)
         else:
             survive(functools.partial(measuring, options))
     if old:
@@ -119,7 +126,11 @@ def main() -> None:
         from .render import render
 
         mine = None if options.what == "picture" else device_name(options.device)
-        written = render(ROOT / "report", quick=options.quick, mine=mine)
+        only = [claim.id for claim in claims] if options.what == "report" else []
+        written = render(ROOT / "report", quick=options.quick, mine=mine) if names or not only else []
+        if only:
+            files = [suite.kept_file(name, options.device, options.quick, only) for name in holders(claims)]
+            written += render(ROOT / "report" / "-".join(only), files=files, only=only)
         if options.what == "picture":
             from .picture import take, verdicts
 

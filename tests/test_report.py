@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as command
 from benchmarks import compare, contest, counts, figures, fits, layers, measure, sections, suite, units
-from benchmarks.claims import FAILS, HOLDS, OPEN, all_claims, cost
+from benchmarks.claims import FAILS, HOLDS, OPEN, Claim, all_claims, cost
 from benchmarks.claims.cost import flops
 from benchmarks.claims.evidence import Evidence
 from benchmarks.environment import ROOT
@@ -57,6 +57,59 @@ def test_what_a_claim_needs_is_measured() -> None:
     for claim in all_claims():
         assert claim.needs, claim.id
         assert set(claim.needs) <= places[suite.holder(claim.needs)], claim.id
+
+
+def kept(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks" / "results" / "amd-epyc-2-threads-avx2" / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("claim", all_claims(), ids=lambda claim: claim.id)
+def test_a_claim_is_answered_from_what_it_asks_for(claim: Claim) -> None:
+    """What `--only` measures gives the answers that everything gives, and every place that it needs has a step."""
+    every = {"layers": kept("layers"), "quality": kept("quality")}
+    asked = suite.Asked([claim.id], claim.needs, claim.asks())
+    some = {name: {place: rows for place, rows in of.items() if place in claim.needs} for name, of in every.items()}
+    for place, where in (("times", ("width", "what")), ("memory", ("length",))):
+        keys = ("level", "name", "by", *where)
+        rows = some["layers"].get(place, [])
+        some["layers"][place] = [row for row in rows if tuple(row[key] for key in keys) in asked.parts]
+    assert claim.row(Evidence(some)) == claim.row(Evidence(every))
+    places = {step.where for step in suite.steps(suite.holder(claim.needs), "cpu", False, asked)}
+    assert places == set(claim.needs)
+
+
+def test_one_claim_takes_what_it_needs() -> None:
+    (claim,) = (claim for claim in all_claims() if claim.id == "C5")
+    steps = suite.steps("layers", "cpu", False, suite.Asked(["C5"], claim.needs, claim.asks()))
+    lengths = (*layers.SHORT, *layers.LENGTHS["base"])
+    assert [step.what for step in steps] == [f"H = 768, n = {n}, mixing" for n in lengths]
+    names = {(part.name, part.by) for step in steps for part in step.find.args[0]}
+    assert names == {
+        (name, by)
+        for name, by in (
+            ("attention", "eager"),
+            ("attention", "fused"),
+            ("linear attention", "eager"),
+            ("linear attention", "ours"),
+        )
+    }
+    assert sum(step.seconds for step in steps) * suite.SLACK < 120
+
+
+def test_several_claims_are_measured_at_once_and_drawn(
+    steps: Steps, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only they are; a page that is drawn of whole runs is another."""
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "report", "--here", *("--only", "C2", "--only", "C1")])
+    command.main()
+    assert steps.calls == ["a", "b", "c"]
+    told = capsys.readouterr().out
+    assert told.index("C1: ") < told.index("C2: ") < told.index("written: report/C1-C2/index.html")
+    summary = (tmp_path / "report" / "C1-C2" / "summary.md").read_text()
+    assert "C2" in summary
+    assert "C3" not in summary
+    assert not (tmp_path / "report" / "index.html").exists()
 
 
 H = layers.WIDTHS["base"]
@@ -376,7 +429,7 @@ class Steps:
         self.allowed: list[float] = []
         self.trouble: dict[str, BaseException] = {}
 
-    def __call__(self, name: str, device: str, quick: bool) -> list[suite.Step]:
+    def __call__(self, name: str, device: str, quick: bool, asked: suite.Asked | None = None) -> list[suite.Step]:
         def step(what: str, allowed: float) -> Any:
             self.calls.append(what)
             self.allowed.append(allowed)
@@ -433,7 +486,7 @@ def test_only_whole_runs_are_kept_with_the_code(steps: Steps) -> None:
     file = suite.kept_file("layers", "cpu")
     kept = file.read_text()
     run_layers()
-    run_layers(quick=False, places=["rows"])
+    run_layers(quick=False, asked=suite.Asked(["C5"], ["rows"], []))
     assert file.read_text() == kept
     assert suite.kept_files() == [file]
     assert suite.kept_files(quick=True) == [suite.kept_file("layers", "cpu", quick=True)]
