@@ -12,6 +12,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -83,6 +84,20 @@ def holders(claims: Sequence[Claim]) -> list[str]:
     return list(dict.fromkeys(suite.holder(claim.needs) for claim in claims))
 
 
+def files_of(claims: Sequence[Claim], options: argparse.Namespace) -> list[Path]:
+    """That what these claims need is kept in."""
+    ids = [claim.id for claim in claims]
+    return [suite.kept_file(name, options.device, options.quick, ids) for name in holders(claims)]
+
+
+def timed(files: Sequence[Path], seconds: float) -> None:
+    """Keeps the time of the whole command, crashes and what a step lost included, with what it measured."""
+    for file in filter(Path.exists, files):
+        results = json.loads(file.read_text())
+        results["environment"]["command_seconds"] = round(seconds, 1)
+        suite.write(file, json.dumps(results, indent=1) + "\n")
+
+
 def answers(claim: Claim, evidence: Evidence) -> str:
     """What was measured says to the claim."""
     row = claim.row(evidence)
@@ -93,6 +108,7 @@ def answers(claim: Claim, evidence: Evidence) -> str:
 
 
 def main() -> None:
+    begin = time.perf_counter()
     every = all_claims()
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("what", choices=["report", "measure", "render", "picture"])
@@ -120,6 +136,8 @@ def main() -> None:
             measure(options, names, claims)
         else:
             survive(functools.partial(measuring, options))
+            files = [suite.kept_file(name, options.device, options.quick) for name in names]
+            timed([*files, *files_of(claims, options)], time.perf_counter() - begin)
     if old:
         print(compare.table(old, options.device, options.quick))
     if options.what != "measure":
@@ -129,14 +147,15 @@ def main() -> None:
         only = [claim.id for claim in claims] if options.what == "report" else []
         written = render(ROOT / "report", quick=options.quick, mine=mine) if names or not only else []
         if only:
-            files = [suite.kept_file(name, options.device, options.quick, only) for name in holders(claims)]
-            written += render(ROOT / "report" / "-".join(only), files=files, only=only)
+            written += render(ROOT / "report" / "-".join(only), files=files_of(claims, options), only=only)
         if options.what == "picture":
             from .picture import take, verdicts
 
             written += [take(written[0], ROOT / "docs" / "report.png"), verdicts(ROOT / "README.md")]
         for file in written:
             print(f"written: {file.relative_to(ROOT)}")
+    if options.what in ("report", "measure") and not options.here:
+        print(f"in {time.perf_counter() - begin:,.0f} s, start to end")
 
 
 if __name__ == "__main__":

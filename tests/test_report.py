@@ -1036,6 +1036,51 @@ def test_comparing_two_runs() -> None:
     assert found[1]["ratio"] == 2.0
 
 
+def test_comparing_sizes() -> None:
+    """They have no noise: every byte is a change."""
+    part = {"level": "mixing", "name": "x", "by": "ours", "width": 8, "length": 16}
+
+    def run(peak: int, saved: int) -> dict[str, Any]:
+        case = {"case": "x", "contender": "kx cpu", "peak": peak, "saved": None}
+        return {
+            "memory": [case, part | {"peak": peak, "saved": saved}, part | {"by": "y", "reason": ""}],
+            "training": [part | {"peak": peak}],
+        }
+
+    found = compare.bytes_rows(run(100, 0), run(101, 5))
+    assert [r["key"][0] for r in found] == ["memory, peak", "memory, peak", "memory, saved", "training, peak"]
+    assert [(r["ratio"], r["change"]) for r in found] == [(x, "more") for x in (1.01, 1.01, math.inf, 1.01)]
+    assert [r["change"] for r in compare.bytes_rows(run(3, 4), run(3, 2))] == ["same", "same", "less", "same"]
+
+
+def test_comparing_what_has_neither_times_nor_sizes_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    quality = {"op": "quality", "environment": {"device": "x", "commit": None}, "decay": []}
+    file = tmp_path / "quality.json"
+    file.write_text(json.dumps(quality))
+    monkeypatch.setattr(suite, "kept_file", lambda *_: file)
+    assert compare.table(quality, "cpu", False).endswith("there are no times or sizes that both have")
+
+
+def test_the_time_of_a_command_is_kept_and_told(
+    steps: Steps, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def survive(_: Any) -> None:
+        time.sleep(0.2)
+        run_layers()
+
+    monkeypatch.setattr(command, "survive", survive)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "measure", "--quick", "--only", "layers"])
+    command.main()
+    assert capsys.readouterr().out.endswith(" s, start to end\n")
+    found = json.loads(suite.kept_file("layers", "cpu", quick=True).read_text())
+    assert found["environment"]["command_seconds"] >= 0.2
+    del found["rows"]
+    check_schema(**found)
+    found["environment"]["command_seconds"] = "long"
+    with pytest.raises(jsonschema.ValidationError):
+        check_schema(**found)
+
+
 def test_the_readme_has_the_verdicts_of_what_is_kept(tmp_path: Path) -> None:
     """`python -m benchmarks picture` writes them."""
     from benchmarks import picture
