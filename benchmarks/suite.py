@@ -45,7 +45,7 @@ from .environment import ROOT, cache_bytes, device_name, environment, slug
 RESULTS = ROOT / "benchmarks" / "results"
 # Of a run; what starts it and draws its page has the rest of 2, or of 30, minutes.
 QUICK_SECONDS, WHOLE_SECONDS = 85.0, 1620.0
-SLACK = 1.5  # of what steps are expected to take, where claims are asked for
+START, SLACK = 30.0, 1.5  # seconds, and times what steps are expected to take, that claims alone are given
 PATIENCE = 5.0  # seconds that any step is given
 COMPILED = (512, 4096)  # tokens, of these lengths, at which compilers take part
 MEMORY = (512, 2048, 8192, 32768)  # tokens, of the lengths that times grow over
@@ -305,7 +305,7 @@ def layer_steps(device: str, quick: bool, asked: Asked | None = None) -> Iterato
     for n in (1024,) if quick else (1024, 4096):
         if chosen := [part for part in parts if wanted(part, n)]:
             find = functools.partial(layers.memory, chosen, base, n, device)
-            yield Step("memory", f"memory, n = {n}", find, n / 80 * len(chosen) / len(parts))
+            yield Step("memory", f"memory, n = {n}", find, 3 + n / 80 * len(chosen) / len(parts))
     for n in (256, 512, 1024, 2048):
         find = functools.partial(layers.training, base, n, device)
         yield Step("training", f"memory of training, n = {n}", find, n / 500)
@@ -485,7 +485,7 @@ def run(
         todo[name] = steps(name, device, quick, asked)
     left = {name: [step for step in mine if not kept[name].done(step)] for name, mine in todo.items()}
     total, rest = (sum(step.seconds for mine in of.values() for step in mine) for of in (todo, left))
-    usual = QUICK_SECONDS if quick else WHOLE_SECONDS if asked is None else min(WHOLE_SECONDS, SLACK * total)
+    usual = QUICK_SECONDS if quick else WHOLE_SECONDS if asked is None else min(WHOLE_SECONDS, START + SLACK * total)
     allowed = seconds or usual
     allowance = measure.Allowance(allowed - sum(sum(kept[name].seconds.values()) for name in names))
     found = {}
