@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import measure
+from .calling import Missing, calling
 from .environment import own_version
 from .goals import Measured, Where
 
@@ -34,10 +35,6 @@ class Inputs(Protocol):
 
     def define(self, *leaves: Tensor) -> Any:
         """What the operator gives by its definition, of leaves in float64."""
-
-
-class Missing(Exception):
-    """A contender cannot run a case here."""
 
 
 @dataclass(frozen=True)
@@ -131,19 +128,24 @@ def calls(
 
 def _call(op: Any, contender: Contender, sets: Sequence[Any]) -> Callable[[int], object] | str:
     try:
-        function = contender.prepare(sets[0])
-        with torch.no_grad():
-            exact = contender.exact
-            error = op.error(function, sets[0]) if exact is None else off(function(*sets[0].leaves), exact(sets[0]))
-        if contender.kind == "ours" and sets[0].case.what != "forward":
-            device = sets[0].leaves[0].device.type
-            error = max(error, gradients_off(op, contender, sets[0].case, device))
-        timed = {"forward": _forward, "backward": _backward, "both": _both}[sets[0].case.what]
-        return wrong(error, most_off(contender.kind == "ours", sets[0].case.dtype)) or timed(function, sets)
+        with calling(contender.name):
+            return _checked(op, contender, sets)
     except Missing as missing:
         return str(missing)
     except Exception as failure:  # one that breaks on this case, or has no room for it, is a finding
         return f"fails: {measure.reason(failure)}"
+
+
+def _checked(op: Any, contender: Contender, sets: Sequence[Any]) -> Callable[[int], object] | str:
+    function = contender.prepare(sets[0])
+    with torch.no_grad():
+        exact = contender.exact
+        error = op.error(function, sets[0]) if exact is None else off(function(*sets[0].leaves), exact(sets[0]))
+    if contender.kind == "ours" and sets[0].case.what != "forward":
+        device = sets[0].leaves[0].device.type
+        error = max(error, gradients_off(op, contender, sets[0].case, device))
+    timed = {"forward": _forward, "backward": _backward, "both": _both}[sets[0].case.what]
+    return wrong(error, most_off(contender.kind == "ours", sets[0].case.dtype)) or timed(function, sets)
 
 
 def _forward(function: Function, sets: Sequence[Any]) -> Callable[[int], object]:

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import kx_kernels as kx
 
 from . import contest, measure
+from .calling import calling
 from .environment import cache_bytes, free_bytes, own_version
 from .gau_attention import eager_scores
 
@@ -596,7 +597,7 @@ def times(
         why = part.missing(width, length, what, device) or ready.refused() or allowance.refused(least_seconds)
         if why is None:
             try:
-                with measure.ending(ready.left):
+                with measure.ending(ready.left), calling(str(len(found))):
                     calls[str(len(found))] = call(part, width, length, what, device)
             except contest.Missing as missing:
                 why = str(missing)
@@ -620,7 +621,8 @@ def memory(chosen: Sequence[Part], width: int, length: int, device: str, allowed
     for part in chosen:
         row, why = _row(part, width, length), part.missing(width, length, "both", device) or allowance.refused()
         try:
-            found.append(row | ({"reason": why} if why else _held(part, width, length, device)))
+            with calling(f"{part.level}, {part.name}, {part.by}"):
+                found.append(row | ({"reason": why} if why else _held(part, width, length, device)))
         except Exception as failure:
             found.append(row | {"reason": measure.reason(failure)})
     return found
@@ -646,7 +648,8 @@ def training(width: int, length: int, device: str, allowed: float) -> list[dict[
             return torch.autograd.grad(out, inputs, torch.ones_like(out))
 
         try:
-            rows.append(_row(part, width, length) | {"peak": measure.peak_bytes(both, device)})
+            with calling(f"{part.name}, {part.by}"):
+                rows.append(_row(part, width, length) | {"peak": measure.peak_bytes(both, device)})
         except Exception as failure:
             rows.append(_row(part, width, length) | {"reason": measure.reason(failure)})
     return rows

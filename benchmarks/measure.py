@@ -23,6 +23,7 @@ from torch import Tensor
 from kx_kernels._core import native
 
 from . import units
+from .calling import Missing, calling
 from .environment import multiplies_bfloat16
 
 PRECISION = 0.02  # relative error of a median that is enough
@@ -129,7 +130,9 @@ def ending(seconds: float) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """Its kind and its first line."""
+    """Its kind and its first line; of one that says why something is missing, that alone."""
+    if isinstance(error, Missing):
+        return str(error)
     return " ".join([type(error).__name__ + ":", *str(error).splitlines()[:1]])
 
 
@@ -176,7 +179,8 @@ def rounds(
 
     def timed(name: str, turn: int, repeats: int) -> float:
         try:
-            return clock.time(contenders[name], turn, repeats)
+            with calling(name):
+                return clock.time(contenders[name], turn, repeats)
         except Exception as error:
             failed[name] = reason(error)
         if device == "cuda":

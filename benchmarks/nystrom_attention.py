@@ -96,7 +96,7 @@ def sweep(device: str) -> list[Case]:
     return [
         replace(base, name=f"{variant}n = {1 << n}", length=1 << n, **how)
         for variant, how in variants.items()
-        for n in (range(9, 17, 2) if variant else range(8, 17))
+        for n in range(8, 17, 2 if variant else 1)
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ TEMPLATES = Path(__file__).parent / "templates"
 Parts = dict[str, dict[str, Any]]  # the results of one device, by what was measured
 
 
-def load(quick: bool = False, mine: str | None = None) -> list[Parts]:
-    """The results that are kept: of device `mine` first, then of the best-measured: most whole runs, then most rows."""
+def load(quick: bool = False, mine: str | None = None, files: Sequence[Path] = ()) -> list[Parts]:
+    """The results in these files, or all that are kept: of device `mine` first, then of the best-measured: most whole
+    runs, then most rows.
+    """
     found: dict[str, Parts] = {}
-    for file in suite.kept_files(quick):
+    for file in files or suite.kept_files(quick):
         results = json.loads(file.read_text())
         found.setdefault(results["environment"]["device"], {})[results["op"]] = results
 
@@ -60,24 +63,24 @@ def facts(parts: Parts) -> dict[str, Any]:
     }
 
 
-def claims(parts: Parts) -> dict[str, Any] | None:
-    """Rows of claims and their figures, if layers or quality were measured."""
+def claims(parts: Parts, only: Collection[str] = ()) -> dict[str, Any] | None:
+    """Rows of claims, all or only these, and their figures, if layers or quality were measured."""
     if not {"layers", "quality"} & set(parts):
         return None
     evidence = Evidence(parts)
-    rows = [claim.row(evidence) for claim in all_claims()]
+    rows = [claim.row(evidence) for claim in all_claims() if not only or claim.id in only]
     for row in rows:
         row["figures"] = list(of_claim(row["id"], evidence))
     count = Counter(a["verdict"] for row in rows for a in row["answers"])
     return {"rows": rows, "holds": count[HOLDS], "fails": count[FAILS], "open": count[OPEN]}
 
 
-def device(parts: Parts) -> dict[str, Any]:
+def device(parts: Parts, only: Collection[str] = ()) -> dict[str, Any]:
     """What the page says of one device."""
     return {
         "name": next(iter(parts.values()))["environment"]["device"],
         "facts": facts(parts),
-        "claims": claims(parts),
+        "claims": claims(parts, only),
         "layers": sections.layers(parts["layers"]) if "layers" in parts else [],
         "layers_roofline": parts.get("layers", {}).get("roofline"),
         "layers_beyond": sections.beyond(parts.get("layers", {})),
@@ -100,9 +103,23 @@ def write(file: Path, text: str) -> None:
         raise SystemExit(f"{file} cannot be written: {error.strerror}. What was measured is kept.") from error
 
 
-def render(folder: Path, *, quick: bool = False, mine: str | None = None) -> list[Path]:
-    """Writes index.html and summary.md into `folder`; `mine` is the device that comes first."""
-    kept = load(quick, mine)
+def render(
+    folder: Path,
+    *,
+    quick: bool = False,
+    mine: str | None = None,
+    files: Sequence[Path] = (),
+    only: Collection[str] = (),
+) -> list[Path]:
+    """Writes index.html and summary.md into `folder`.
+
+    Args:
+        quick: a quick run's results, where there are some.
+        mine: the device that comes first.
+        files: of results, if not all that are kept.
+        only: claims, if not all.
+    """
+    kept = load(quick, mine, files)
     if not kept:
         raise SystemExit("nothing has been measured: run `python -m benchmarks measure` first")
     goals = [
@@ -120,7 +137,7 @@ def render(folder: Path, *, quick: bool = False, mine: str | None = None) -> lis
     )
     environment.filters |= {"short": units.short, "time": units.time, "size": units.size, "of_bound": figures.of_bound}
     shown = {
-        "devices": [device(parts) for parts in kept],
+        "devices": [device(parts, only) for parts in kept],
         "goals": goals,
         "small": first,
         "training": sections.training(),

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,14 +39,16 @@ from . import (
     rope,
     units,
 )
+from .calling import calling, last, told
 from .environment import ROOT, cache_bytes, device_name, environment, slug
 
 RESULTS = ROOT / "benchmarks" / "results"
 # Of a run; what starts it and draws its page has the rest of 2, or of 30, minutes.
 QUICK_SECONDS, WHOLE_SECONDS = 85.0, 1620.0
+START, SLACK = 30.0, 1.5  # seconds, and times what steps are expected to take, that claims alone are given
 PATIENCE = 5.0  # seconds that any step is given
 COMPILED = (512, 2048, 4096, 8192)  # tokens, of these lengths, at which compilers take part
-MEMORY = (512, 2048, 8192, 32768)  # tokens, of the lengths that times grow over
+MEMORY = (512, 1024, 2048, 8192, 16384, 32768)  # tokens, of the lengths that times grow over
 CODE_ANYWHERE = "of no use to a CPU; python -m kx_kernels.testing.codegen shows it on any machine"
 QUICK, PARTS, PARTIAL = (ROOT / "report" / name for name in ("quick", "parts", "partial"))
 SLOW = ("landmarks", "approximations", "real_maps", "trained", "beyond")  # not in a quick run
@@ -154,8 +156,9 @@ def host_times(op: Any, device: str, quick: bool) -> list[dict[str, Any]]:
                 continue
             leaves = [x.detach().requires_grad_(gradient) for x in inputs.leaves]
             try:
-                function = contender.prepare(inputs)
-                spread = measure.host_seconds(lambda f=function, x=leaves: f(*x), device, 5 if quick else 30)
+                with calling(contender.name):
+                    function = contender.prepare(inputs)
+                    spread = measure.host_seconds(lambda f=function, x=leaves: f(*x), device, 5 if quick else 30)
                 found.append(row | asdict(spread))
             except Exception as error:
                 found.append(row | {"reason": measure.reason(error)})
@@ -176,9 +179,8 @@ def memory(op: Any, case: Any, device: str, compiled: bool, allowed: float) -> l
             found.append(row | {"reason": why})
             continue
         try:
-            found.append(row | _held(contender, inputs, device))
-        except contest.Missing as missing:
-            found.append(row | {"reason": str(missing)})
+            with calling(contender.name):
+                found.append(row | _held(contender, inputs, device))
         except Exception as error:
             found.append(row | {"reason": measure.reason(error)})
     return found
@@ -225,7 +227,7 @@ class Step(NamedTuple):
         return f"{self.where}/{self.what}"
 
 
-def calling(case: Any, device: str) -> float:
+def call_seconds(case: Any, device: str) -> float:
     """About how many seconds the calls of four contenders take, beyond what rounds of fast ones do; few if they are so
     many that the case is refused.
     """
@@ -245,7 +247,7 @@ def operator_steps(op: Any, name: str, device: str, quick: bool) -> Iterator[Ste
             compiled = not quick and (where == "timings" or (where == "growth" and case.length in COMPILED))
             find = functools.partial(timings, op, case, device, budget, quick, compiled=compiled)
             imports = (4 if quick else 10) if case == cases[0] and where == "timings" else 0  # of peers, once
-            expected = 2 * budget + imports + (1 if quick else 10 if compiled else 2) + calling(case, device)
+            expected = 2 * budget + imports + (1 if quick else 10 if compiled else 2) + call_seconds(case, device)
             expected *= 2 if where == "timings" else 1  # which goals are about
             yield Step(where, case.name, find, expected)
     yield Step("host", "host time", lambda _: host_times(op, device, quick), 2 if quick else 15)
@@ -265,30 +267,45 @@ def machine_code(name: str, reason: str | None) -> dict[str, Any]:
     return {"rows": [] if reason else codegen.table([name]), "reason": reason}
 
 
-def layer_steps(device: str, quick: bool) -> Iterator[Step]:
+class Asked(NamedTuple):
+    """What some claims are answered from; parts by level, name, by whom, and where times are asked for width and pass,
+    where memory length.
+    """
+
+    claims: Sequence[str]
+    places: Collection[str]
+    parts: Collection[tuple[Any, ...]]
+
+
+def layer_steps(device: str, quick: bool, asked: Asked | None = None) -> Iterator[Step]:
     base, lengths = layers.WIDTHS["base"], layers.QUICK if quick else layers.LENGTHS
     seconds, least = (0.3, 3) if quick else (2.0, 5)
     passes = {"forward": lengths} | ({} if quick else {"both": layers.BOTH})
     places = [(size, n, what) for what, mine in passes.items() for size in mine for n in mine[size]]
 
-    def times(level: str, width: int, n: int, what: str) -> Step:
+    def wanted(part: layers.Part, *where: object) -> bool:
+        return asked is None or (part.level, part.name, part.by, *where) in asked.parts
+
+    def times(level: str, width: int, n: int, what: str) -> Iterator[Step]:
         name = f"H = {width}, n = {n}{', forward and backward' if what == 'both' else ''}, {level}"
-        chosen = layers.timed(level, width, n, what, quick)
+        chosen = [part for part in layers.timed(level, width, n, what, quick) if wanted(part, width, what)]
         find = functools.partial(layers.times, chosen, width, n, what, device, seconds, least=least)
         flops = sum(part.about(width, n) for part in chosen) * (3.3 if what == "both" else 1)
         compiled = sum(part.by == "torch.compile" for part in chosen)
         calls = measure.CALLS * flops / (1.5e11 if device == "cpu" else 1e13)
-        return Step("times", name, find, 1.5 * seconds + 0.4 * len(chosen) + calls + 10 * compiled)
+        if chosen:
+            yield Step("times", name, find, 1.5 * seconds + 0.4 * len(chosen) + calls + 10 * compiled)
 
     for n in () if quick else layers.SHORT:
-        yield times("mixing", base, n, "forward")
+        yield from times("mixing", base, n, "forward")
     for size, n, what in places:
         for level in ("mixing", "layer"):
-            yield times(level, layers.WIDTHS[size], n, what)
+            yield from times(level, layers.WIDTHS[size], n, what)
     parts = [p for p in layers.parts() if not quick or p.usual]
     for n in (1024,) if quick else (1024, 4096):
-        find = functools.partial(layers.memory, parts, base, n, device)
-        yield Step("memory", f"memory, n = {n}", find, n / 80)
+        if chosen := [part for part in parts if wanted(part, n)]:
+            find = functools.partial(layers.memory, chosen, base, n, device)
+            yield Step("memory", f"memory, n = {n}", find, 3 + n / 80 * len(chosen) / len(parts))
     for n in (256, 512, 1024, 2048):
         find = functools.partial(layers.training, base, n, device)
         yield Step("training", f"memory of training, n = {n}", find, n / 500)
@@ -309,13 +326,16 @@ def quality_steps(quick: bool) -> Iterator[Step]:
 NAMES = (*OPERATORS, "layers", "quality")
 
 
-def steps(name: str, device: str, quick: bool) -> list[Step]:
+def steps(name: str, device: str, quick: bool, asked: Asked | None = None) -> list[Step]:
     if name == "quality":
-        return list(quality_steps(quick))
-    mine = layer_steps(device, quick) if name == "layers" else operator_steps(OPERATORS[name], name, device, quick)
-    first = Step("roofline", "copy and products", lambda _: measure.limits(device, quick), 2 if quick else 6)
-    last = Step("roofline", "copy and products, again", lambda _: measure.reach(device, quick), first.seconds)
-    return [first, *mine, last]
+        found = list(quality_steps(quick))
+    else:
+        of_layers = name == "layers"
+        mine = layer_steps(device, quick, asked) if of_layers else operator_steps(OPERATORS[name], name, device, quick)
+        first = Step("roofline", "copy and products", lambda _: measure.limits(device, quick), 2 if quick else 6)
+        last = Step("roofline", "copy and products, again", lambda _: measure.reach(device, quick), first.seconds)
+        found = [first, *mine, last]
+    return [step for step in found if asked is None or step.where in asked.places]
 
 
 def holder(places: Sequence[str]) -> str:
@@ -339,25 +359,26 @@ class Kept:
     """What the steps of one run have found so far, in a file that a later run goes on from.
 
     A file of another commit, another device or other versions is left aside. A step that the process did not survive is
-    tried once more.
+    tried again without the contender that was called, or, if there was none, once more.
     """
 
     def __init__(self, file: Path, facts: dict[str, Any], fresh: bool) -> None:
-        self.file, self.facts = file, facts
+        self.file, self.facts, self.called = file, facts, file.with_suffix(".called")
         self.found: dict[str, Any] = {}
         self.failed: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
-        self.ended: list[str] = []  # in these the process ended
+        self.ended: dict[str, list[str]] = {}  # in these the process ended, and in which of their contenders
         if fresh or not file.exists():
             return
         old = json.loads(file.read_text())
         if old["facts"] != json.loads(json.dumps(facts)):
             return
         self.found, self.failed, self.seconds, self.ended = (old[k] for k in ("found", "failed", "seconds", "ended"))
-        if (begun := old["begun"]) in self.ended:
-            self.failed[begun] = "the process ended in it, twice"
-        elif begun is not None:
-            self.ended.append(begun)
+        if (begun := old["begun"]) is not None:
+            contender, before = last(self.called), self.ended.setdefault(begun, [])
+            if contender in before:
+                self.failed[begun] = "the process ended in it, twice"
+            before.append(contender)
 
     def done(self, step: Step) -> bool:
         return step.key in self.found or step.key in self.failed
@@ -370,7 +391,7 @@ class Kept:
         self._write(begun=step.key)
         begin = time.perf_counter()
         try:
-            with measure.ending(most):
+            with measure.ending(most), told(self.called, self.ended.get(step.key, ())):
                 self.found[step.key] = step.find(allowed)
         except measure.OutOfTime:
             self.failed[step.key] = f"no time was left for it after {units.time(most)}"
@@ -388,10 +409,10 @@ class Kept:
         write(self.file, json.dumps({"begun": begun} | {name: getattr(self, name) for name in names}))
 
 
-def kept_file(name: str, device: str, quick: bool = False, places: Sequence[str] | None = None) -> Path:
-    """Where results are kept: of whole runs in git, of quick ones and of parts elsewhere."""
-    whole = RESULTS if not quick and places is None else QUICK if quick else PARTS
-    return whole / slug(device_name(device)) / f"{'-'.join((name, *(places or ())))}.json"
+def kept_file(name: str, device: str, quick: bool = False, claims: Sequence[str] = ()) -> Path:
+    """Where results are kept: of whole runs in git, of quick ones and of some claims elsewhere."""
+    whole = QUICK if quick else PARTS if claims else RESULTS
+    return whole / slug(device_name(device)) / f"{'-'.join((name, *claims))}.json"
 
 
 def kept_files(quick: bool = False) -> list[Path]:
@@ -440,7 +461,7 @@ def run(
     device: str,
     quick: bool,
     fresh: bool = False,
-    places: Sequence[str] | None = None,
+    asked: Asked | None = None,
     seconds: float | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Measures everything about operators, the layers or quality; returns what `kept_file` has of each.
@@ -453,21 +474,23 @@ def run(
 
     Args:
         fresh: forgets what an interrupted run found.
-        places: of results; only these are measured, and kept apart from whole runs.
+        asked: by claims; only this is measured, and kept apart from whole runs.
         seconds: that all of it may take, with what an interrupted run took.
     """
-    allowed = seconds or (QUICK_SECONDS if quick else WHOLE_SECONDS)
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")
     functorch_config.donated_buffer = False  # a compiled backward pass is timed more than once
     facts = environment(device)
-    same = {k: v for k, v in facts.items() if k not in ("date", "clocks_mhz")} | {"quick": quick, "places": places}
+    claims = () if asked is None else asked.claims
+    same = {k: v for k, v in facts.items() if k not in ("date", "clocks_mhz")} | {"quick": quick, "claims": claims}
     kept, todo = {}, {}
     for name in names:
-        file = kept_file(name, device, quick, places)
+        file = kept_file(name, device, quick, claims)
         kept[name] = Kept(PARTIAL / file.parent.parent.name / file.parent.name / file.name, same, fresh)
-        todo[name] = [step for step in steps(name, device, quick) if places is None or step.where in places]
+        todo[name] = steps(name, device, quick, asked)
     left = {name: [step for step in mine if not kept[name].done(step)] for name, mine in todo.items()}
     total, rest = (sum(step.seconds for mine in of.values() for step in mine) for of in (todo, left))
+    usual = QUICK_SECONDS if quick else WHOLE_SECONDS if asked is None else min(WHOLE_SECONDS, START + SLACK * total)
+    allowed = seconds or usual
     allowance = measure.Allowance(allowed - sum(sum(kept[name].seconds.values()) for name in names))
     found = {}
     in_turn = sorted(names, key=lambda name: name != "quality")  # short, no matter of time: slow steps leave it some
@@ -483,7 +506,7 @@ def run(
                 rest -= step.seconds
             head = {"quick": quick, "allowed_seconds": allowed, "environment": facts}
             found[name] = _results(name, head, todo[name], kept[name])
-            write(kept_file(name, device, quick, places), json.dumps(found[name], indent=1) + "\n")
+            write(kept_file(name, device, quick, claims), json.dumps(found[name], indent=1) + "\n")
     for name in names:
         kept[name].file.unlink(missing_ok=True)
     return found

@@ -165,9 +165,9 @@ def test_to_pay_earlier_is_no_failure(cross: float, verdict: str) -> None:
     assert verdicts("C6", times=timed(laws))["keys and values 4d: ours against fused attention"] == verdict
 
 
-@pytest.mark.parametrize(("cross", "verdict"), [(2000, HOLDS), (700, FAILS), (1030, OPEN)])
+@pytest.mark.parametrize(("cross", "verdict"), [(700, HOLDS), (300, FAILS), (515, OPEN)])
 def test_wide_keys_are_slower_to_the_last_length_that_is_said(cross: float, verdict: str) -> None:
-    """C8: to 1,024 tokens."""
+    """C8: to 512 tokens, the last before 1,026, where products tie."""
     laws = {("mixing", "attention", "fused"): square(cross), ("mixing", cost.WIDE, "ours"): line}
     assert verdicts("C8", times=timed(laws))["keys and values 4d: ours against fused attention"] == verdict
 

@@ -7,7 +7,9 @@ import importlib
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -25,8 +27,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import kx_kernels as kx
+from benchmarks import __main__ as command
 from benchmarks import compare, contest, counts, environment, figures, fits, layers, measure, sections, suite, units
-from benchmarks.claims import FAILS, HOLDS, OPEN, all_claims, cost
+from benchmarks.claims import FAILS, HOLDS, OPEN, Claim, all_claims, cost
 from benchmarks.claims.cost import flops
 from benchmarks.claims.evidence import Evidence
 from benchmarks.environment import ROOT
@@ -55,6 +58,59 @@ def test_what_a_claim_needs_is_measured() -> None:
     for claim in all_claims():
         assert claim.needs, claim.id
         assert set(claim.needs) <= places[suite.holder(claim.needs)], claim.id
+
+
+def kept(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks" / "results" / "amd-epyc-2-threads-avx2" / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("claim", all_claims(), ids=lambda claim: claim.id)
+def test_a_claim_is_answered_from_what_it_asks_for(claim: Claim) -> None:
+    """What `--only` measures gives the answers that everything gives, and every place that it needs has a step."""
+    every = {"layers": kept("layers"), "quality": kept("quality")}
+    asked = suite.Asked([claim.id], claim.needs, claim.asks())
+    some = {name: {place: rows for place, rows in of.items() if place in claim.needs} for name, of in every.items()}
+    for place, where in (("times", ("width", "what")), ("memory", ("length",))):
+        keys = ("level", "name", "by", *where)
+        rows = some["layers"].get(place, [])
+        some["layers"][place] = [row for row in rows if tuple(row[key] for key in keys) in asked.parts]
+    assert claim.row(Evidence(some)) == claim.row(Evidence(every))
+    places = {step.where for step in suite.steps(suite.holder(claim.needs), "cpu", False, asked)}
+    assert places == set(claim.needs)
+
+
+def test_one_claim_takes_what_it_needs() -> None:
+    (claim,) = (claim for claim in all_claims() if claim.id == "C5")
+    steps = suite.steps("layers", "cpu", False, suite.Asked(["C5"], claim.needs, claim.asks()))
+    lengths = (*layers.SHORT, *layers.LENGTHS["base"])
+    assert [step.what for step in steps] == [f"H = 768, n = {n}, mixing" for n in lengths]
+    names = {(part.name, part.by) for step in steps for part in step.find.args[0]}
+    assert names == {
+        (name, by)
+        for name, by in (
+            ("attention", "eager"),
+            ("attention", "fused"),
+            ("linear attention", "eager"),
+            ("linear attention", "ours"),
+        )
+    }
+    assert suite.START + suite.SLACK * sum(step.seconds for step in steps) < 130
+
+
+def test_several_claims_are_measured_at_once_and_drawn(
+    steps: Steps, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only they are; a page that is drawn of whole runs is another."""
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "report", "--here", *("--only", "C2", "--only", "C1")])
+    command.main()
+    assert steps.calls == ["a", "b", "c"]
+    told = capsys.readouterr().out
+    assert told.index("C1: ") < told.index("C2: ") < told.index("written: report/C1-C2/index.html")
+    summary = (tmp_path / "report" / "C1-C2" / "summary.md").read_text()
+    assert "C2" in summary
+    assert "C3" not in summary
+    assert not (tmp_path / "report" / "index.html").exists()
 
 
 H = layers.WIDTHS["base"]
@@ -261,7 +317,7 @@ def test_nystrom_grows_linearly_beside_its_inverse() -> None:
 def test_counted_crossovers() -> None:
     """The lengths that the claims are about, from torch's own counter."""
     assert cost.counted_feed_forward().endswith("768, 1,536, 2,048")  # 2H
-    assert cost.counted_mixing().endswith("2,304, 4,608, 6,144")  # 6H
+    assert "n = 2,304, 4,608, 6,144; " in cost.counted_mixing()  # 6H
 
 
 def noisy(law: Callable[[int], float], sizes: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)) -> fits.Times:
@@ -400,7 +456,7 @@ class Steps:
         self.allowed: list[float] = []
         self.trouble: dict[str, BaseException] = {}
 
-    def __call__(self, name: str, device: str, quick: bool) -> list[suite.Step]:
+    def __call__(self, name: str, device: str, quick: bool, asked: suite.Asked | None = None) -> list[suite.Step]:
         def step(what: str, allowed: float) -> Any:
             self.calls.append(what)
             self.allowed.append(allowed)
@@ -457,7 +513,7 @@ def test_only_whole_runs_are_kept_with_the_code(steps: Steps) -> None:
     file = suite.kept_file("layers", "cpu")
     kept = file.read_text()
     run_layers()
-    run_layers(quick=False, places=["rows"])
+    run_layers(quick=False, asked=suite.Asked(["C5"], ["rows"], []))
     assert file.read_text() == kept
     assert suite.kept_files() == [file]
     assert suite.kept_files(quick=True) == [suite.kept_file("layers", "cpu", quick=True)]
@@ -498,6 +554,78 @@ def test_a_step_that_ends_the_process_is_tried_once_more(steps: Steps) -> None:
     results = run_layers()
     assert steps.calls == ["a", "b", "b", "c"]
     assert results["failed"] == [{"step": "rows/b", "reason": "the process ended in it, twice"}]
+
+
+CRASHES = """
+import ctypes, functools, sys
+from dataclasses import replace
+from pathlib import Path
+from benchmarks import contest, layers, suite
+
+suite.QUICK, suite.PARTIAL = (Path(sys.argv[1]) / name for name in ("quick", "partial"))
+op = suite.OPERATORS["nystrom_attention"]
+crash = contest.Contender("crash", "peer", lambda x: lambda *_: ctypes.string_at(0))
+op.contenders = lambda case: [crash, *(c for c in op.CONTENDERS if c.name == "torch eager")]
+case = replace(op.BASE, length=128, heads=1)
+part = layers.find("mixing", "attention", "eager")
+parts = [part, replace(part, by="crash", build=lambda _: lambda *_: ctypes.string_at(0))]
+find = layers.find
+layers.find = lambda *which: parts[1] if which[2] == "crash" else find(*which)
+found = {
+    "timings": functools.partial(suite.timings, op, case, "cpu", 0.01, True),
+    "times": functools.partial(layers.times, parts, 64, 128, "forward", "cpu", 0.01),
+    "later": lambda s: [{}],
+}
+suite.steps = lambda *_: [suite.Step(where, "x", find) for where, find in found.items()]
+suite.run(["nystrom_attention"], "cpu", True)
+"""
+
+
+def test_a_contender_that_crashes_has_a_row_that_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The others of its step have times, and later steps run."""
+    command.survive(lambda first: [sys.executable, "-c", CRASHES, str(tmp_path)])
+    assert capfd.readouterr().err.count("measuring ended by SIGSEGV: it goes on") == 2
+    (file,) = (tmp_path / "quick").rglob("*.json")
+    found = json.loads(file.read_text())
+    ours = {"timings": "contender", "times": "by"}
+    reasons = {place: {row[name]: row.get("reason") for row in found[place]} for place, name in ours.items()}
+    ended = "the process ended in it"
+    limit = suite.OPERATORS["nystrom_attention"].LIMIT
+    assert reasons["timings"] == {limit: None, "torch eager": None, "crash": ended}
+    assert reasons["times"] == {"eager": None, "crash": ended}
+    assert found["later"] == [{}]
+    assert found["failed"] == []
+    assert not list((tmp_path / "partial").rglob("*.*"))
+
+
+def test_an_interrupt_ends_what_measures_and_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Though it was for this process alone; and nothing is begun again."""
+    wait = "import pathlib, sys, time\np = pathlib.Path(sys.argv[1])\n"
+    wait += "try: p.touch(), time.sleep(60)\nfinally: p.unlink()"
+    ready, turns = tmp_path / "ready", []
+    monkeypatch.setattr(command, "GRACE", 0.1)
+
+    def interrupt() -> None:
+        while not ready.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def waiting(first: bool) -> list[str]:
+        turns.append(first)
+        threading.Thread(target=interrupt, daemon=True).start()
+        return [sys.executable, "-c", wait, str(ready)]
+
+    begin = time.perf_counter()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background has not
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            command.survive(waiting)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stopped.value.code == 128 + signal.SIGINT
+    assert turns == [True]
+    assert not ready.exists()
+    assert time.perf_counter() - begin < 10
 
 
 @pytest.mark.parametrize("where", ["partial", "quick"])
@@ -989,8 +1117,6 @@ def test_what_a_whole_run_and_extras_write_is_in_the_schema(steps: Steps) -> Non
 def test_the_kept_run_is_read_before_it_is_measured_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from benchmarks import __main__ as command
-
     file = tmp_path / "rope.json"
 
     def write(median: float) -> None:
@@ -1006,7 +1132,7 @@ def test_the_kept_run_is_read_before_it_is_measured_again(
     write(1.0)
     monkeypatch.setattr(suite, "kept_file", lambda *_: file)
     monkeypatch.setattr(suite, "run", run)
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "measure", "--compare", str(file)])
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "measure", "--here", "--compare", str(file)])
     command.main()
     assert capsys.readouterr().out.split()[-3:] == ["2.00", "(1.64–2.44)", "slower"]
 
@@ -1021,6 +1147,51 @@ def test_comparing_two_runs() -> None:
     found = compare.rows(run(1.0, 1.0, 1.0), run(1.1, 2.0, 0.5))
     assert [r["change"] for r in found] == ["within noise", "slower", "faster"]
     assert found[1]["ratio"] == 2.0
+
+
+def test_comparing_sizes() -> None:
+    """They have no noise: every byte is a change."""
+    part = {"level": "mixing", "name": "x", "by": "ours", "width": 8, "length": 16}
+
+    def run(peak: int, saved: int) -> dict[str, Any]:
+        case = {"case": "x", "contender": "kx cpu", "peak": peak, "saved": None}
+        return {
+            "memory": [case, part | {"peak": peak, "saved": saved}, part | {"by": "y", "reason": ""}],
+            "training": [part | {"peak": peak}],
+        }
+
+    found = compare.bytes_rows(run(100, 0), run(101, 5))
+    assert [r["key"][0] for r in found] == ["memory, peak", "memory, peak", "memory, saved", "training, peak"]
+    assert [(r["ratio"], r["change"]) for r in found] == [(x, "more") for x in (1.01, 1.01, math.inf, 1.01)]
+    assert [r["change"] for r in compare.bytes_rows(run(3, 4), run(3, 2))] == ["same", "same", "less", "same"]
+
+
+def test_comparing_what_has_neither_times_nor_sizes_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    quality = {"op": "quality", "environment": {"device": "x", "commit": None}, "decay": []}
+    file = tmp_path / "quality.json"
+    file.write_text(json.dumps(quality))
+    monkeypatch.setattr(suite, "kept_file", lambda *_: file)
+    assert compare.table(quality, "cpu", False).endswith("there are no times or sizes that both have")
+
+
+def test_the_time_of_a_command_is_kept_and_told(
+    steps: Steps, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def survive(_: Any) -> None:
+        time.sleep(0.2)
+        run_layers()
+
+    monkeypatch.setattr(command, "survive", survive)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "measure", "--quick", "--only", "layers"])
+    command.main()
+    assert capsys.readouterr().out.endswith(" s, start to end\n")
+    found = json.loads(suite.kept_file("layers", "cpu", quick=True).read_text())
+    assert found["environment"]["command_seconds"] >= 0.2
+    del found["rows"]
+    check_schema(**found)
+    found["environment"]["command_seconds"] = "long"
+    with pytest.raises(jsonschema.ValidationError):
+        check_schema(**found)
 
 
 def test_the_readme_has_the_verdicts_of_what_is_kept(tmp_path: Path) -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..fits import Interval, of_means
+from .evidence import Asking
 
 HOLDS, FAILS, OPEN = "holds", "fails", "cannot be decided here"
 
@@ -85,6 +87,13 @@ class Claim:
     needs: tuple[str, ...]  # the places of what was measured that it is answered from
     counted: Callable[[], str]
     answers: Callable[[Any], Iterable[Answer]]  # given the evidence of one device
+
+    def asks(self) -> set[tuple[Any, ...]]:
+        """The parts whose times and sizes it is answered from, as `suite.Asked` has them."""
+        evidence = Asking()
+        with suppress(LookupError):  # what is measured whole is not there
+            list(self.answers(evidence))
+        return evidence.asked
 
     def row(self, evidence: Any) -> dict[str, Any]:
         """JSON-ready."""

@@ -58,3 +58,19 @@ class Evidence:
         if name not in self.quality:
             raise LookupError(f"{name} was not computed")
         return self.quality[name]
+
+
+class Asking(Evidence):
+    """Has the times and sizes of every part, and notes which are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+        self.asked: set[tuple[Any, ...]] = set()
+
+    def times(self, level: str, name: str, by: str, width: int = H, what: str = "forward") -> fits.Times:
+        self.asked.add((level, name, by, width, what))
+        return {n: [1e-6 * n] * 3 for n in (*layers.SHORT, *layers.LENGTHS["base"])}
+
+    def bytes(self, level: str, name: str, by: str, length: int, which: str) -> int:
+        self.asked.add((level, name, by, length))
+        return length
