@@ -577,7 +577,7 @@ found = {
     "later": lambda s: [{}],
 }
 suite.steps = lambda *_: [suite.Step(where, "x", find) for where, find in found.items()]
-suite.run(["nystrom_attention"], "cpu", True)
+suite.run(["nystrom_attention"], "cpu", True, seconds=600)
 """
 
 
