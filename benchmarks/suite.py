@@ -51,7 +51,8 @@ COMPILED = (512, 2048, 4096, 8192)  # tokens, of these lengths, at which compile
 MEMORY = (512, 1024, 2048, 8192, 16384, 32768)  # tokens, of the lengths that times grow over
 CODE_ANYWHERE = "of no use to a CPU; python -m kx_kernels.testing.codegen shows it on any machine"
 QUICK, PARTS, PARTIAL = (ROOT / "report" / name for name in ("quick", "parts", "partial"))
-SLOW = ("landmarks", "approximations", "real_maps", "trained", "beyond")  # not in a quick run
+# Experiments that are not in a quick run, and about what they take.
+SLOW = {"landmarks": 60.0, "approximations": 6.0, "real_maps": 3.0, "trained": 4.0, "beyond": 20.0}
 OPERATORS = {
     "rope": rope,
     "linear_attention": linear_attention,
@@ -320,7 +321,7 @@ def layer_steps(device: str, quick: bool, asked: Asked | None = None) -> Iterato
 def quality_steps(quick: bool) -> Iterator[Step]:
     for name, experiment in quality.EXPERIMENTS.items():
         if not (quick and name in SLOW):
-            yield Step(name, name, lambda _, find=experiment: find(), 6 if name in SLOW else 1)
+            yield Step(name, name, lambda _, find=experiment: find(), SLOW.get(name, 1.0))
 
 
 NAMES = (*OPERATORS, "layers", "quality")
