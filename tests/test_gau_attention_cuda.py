@@ -18,6 +18,7 @@ import kx_kernels as kx
 from kx_kernels._core import native
 from kx_kernels._core.spec import Call
 from kx_kernels.ops.gau_attention import _native
+from kx_kernels.ops.gau_attention._problem import whole_rounds
 from kx_kernels.ops.gau_attention.spec import SPEC, GauCase, make
 from kx_kernels.testing.budget import assert_within_budget
 from kx_kernels.testing.comparison import exact_and_eager, neighbours
@@ -116,6 +117,11 @@ def sizes() -> list[Any]:
 def test_scores_stay(lane: Any, dtype: torch.dtype, n: int, e: int, form: str, blocks: int) -> None:
     case = replace(FORMS[form], queries=n, value_dim=e)
     assert_right(make(case, dtype, torch.device(lane.device), n), dtype, functools.partial(stay, blocks=blocks))
+
+
+def test_panels_come_out_even() -> None:
+    """On 132 processors, six slices of values to a tile: 22 tiles are a round."""
+    assert [whole_rounds(tiles, 6, 132) for tiles in (8, 21, 22, 32, 43, 44, 128)] == [8, 21, 22, 22, 22, 44, 110]
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(200, 200), (129, 300)])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._core import native
-from ._problem import GauProblem, Gradients, Results, empty_gradients, empty_results
+from ._problem import GauProblem, Gradients, Results, empty_gradients, empty_results, whole_rounds
 
 # Scores are made again for each slice of the values, rather than kept in a panel (README.md, CUDA):
 ON_CHIP_SLICES = 2  # for so many at most,
@@ -170,15 +170,6 @@ def _segment(p: GauProblem, slices: int) -> int:
     return _up(-(-n_k // segments), native.cuda(p.device).gau_attention_cuda_tile)
 
 
-def _whole_rounds(p: GauProblem, room: int) -> int:
-    """Of a panel of `room` tiles so many that slices of the values come out even on the processors."""
-    tile, e = native.cuda(p.device).gau_attention_cuda_tile, p.v.shape[3]
-    wide = p.q.dtype == torch.bfloat16 and e > tile
-    slices, processors = max(1, -(-e // (2 * tile if wide else tile))), native.processors(p.device)
-    rounds = room * slices // processors
-    return rounds * processors // slices if rounds > 0 else room
-
-
 def _run_fused(p: GauProblem, slices: int, results: Results) -> None:
     segment = _segment(p, slices)
     rows = (-(-p.k.shape[1] // segment), *p.q.shape[:3])
@@ -204,7 +195,9 @@ def run_cuda(p: GauProblem) -> Results:
         return results
     tile, keys, dtype = native.cuda(p.device).gau_attention_cuda_tile, _longest(p), _operands(p)
     size = tile * max(tile, _up(keys, tile))
-    room = _whole_rounds(p, p.workspace // (size * dtype.itemsize))
+    wide = dtype == torch.bfloat16 and p.v.shape[3] > tile  # two tiles of columns to a block
+    of_values = max(1, -(-p.v.shape[3] // (2 * tile if wide else tile)))
+    room = whole_rounds(p.workspace // (size * dtype.itemsize), of_values, native.processors(p.device))
     slices = _slices_on_chip(p, room)
     if slices > 0:
         _run_fused(p, slices, results)

@@ -74,6 +74,12 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
+def whole_rounds(tiles: int, slices: int, processors: int) -> int:
+    """As many of these tiles, of `slices` each, as come out even on the processors; all of them if they are too few."""
+    rounds = tiles * slices // processors
+    return rounds * processors // slices if rounds > 0 else tiles
+
+
 def empty_results(p: GauProblem) -> Results:
     batch, n_q, heads = p.q.shape[:3]
     o = p.q.new_empty(batch, n_q, heads, p.v.shape[3])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._core import triton
-from ._problem import GauProblem, Gradients, Results, empty_gradients, empty_results
+from ._problem import GauProblem, Gradients, Results, empty_gradients, empty_results, whole_rounds
 from .presets import ACTIVATIONS
 
 ON_CHIP_KEYS = 512  # up to which scores are made again for each slice of e, rather than kept in a panel
@@ -154,7 +154,7 @@ def _units_of_a_panel(launch: Launch, units: int, slices: int, unit_bytes: int) 
     if fit >= units:
         return units
     if fit * slices >= processors:
-        return fit * slices // processors * processors // slices
+        return whole_rounds(fit, slices, processors)
     once, again = launch.s + launch.e, slices * launch.s + launch.e
     return fit if fit * slices * again >= processors * once else 0
 

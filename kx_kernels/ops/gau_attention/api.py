@@ -464,7 +464,6 @@ def _by_softmax(p: GauProblem, how: Preset) -> Tensor:
     """softmax and softmax_plus, by torch's own attention."""
     counts = _Counts(p.q, p.k, p.causal, p.query_mask, p.key_mask, p.cu_seqlens, p.cu_seqlens_k, p.wide)
     group = p.q.shape[2] // p.k.shape[2]
-    mask: Tensor | None
     mask, seen = _visible(p)
     factor = p.q.new_full((1, 1, 1, 1), p.scale, dtype=p.wide)
     if p.a is not None:
