@@ -357,6 +357,17 @@ inline V largest(V x) {
   return fold<V::kLanes / 2>(x, [](V a, V b) { return max(a, b); });
 }
 
+// f of each lane.
+template <class V, class F>
+inline V each_lane(V x, F&& f) {
+  std::conditional_t<std::is_same_v<V, Floats>, float, double> lanes[V::kLanes];
+  store(lanes, x);
+  for (auto& lane : lanes) {
+    lane = f(lane);
+  }
+  return load(lanes);
+}
+
 // e^x to about one unit in the last place: 2^n · e^r with |r| ≤ ln 2 / 2, e^r by its Taylor series. Above 88.8
 // infinity, below -104 zero; NaN stays NaN.
 inline Floats exp(Floats x) {
@@ -375,12 +386,7 @@ inline Floats exp(Floats x) {
   return scale_by_power(p, n);
 }
 inline Doubles exp(Doubles x) {
-  double lanes[Doubles::kLanes];
-  store(lanes, x);
-  for (double& lane : lanes) {
-    lane = std::exp(lane);
-  }
-  return load(lanes);
+  return each_lane(x, [](double lane) { return std::exp(lane); });
 }
 
 }  // namespace

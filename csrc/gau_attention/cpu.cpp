@@ -19,10 +19,13 @@ void forward(const Problem& p, int threads) {
   struct Item {
     int64_t sequence, head, first;
   };
+  // Large blocks read keys and values less often, small ones come out even on threads; no bit depends on it.
+  const bool few = p.batch * p.queries * p.heads < 4 * kQueries * static_cast<int64_t>(threads);
+  const int rows = few ? kQueries / 2 : kQueries;
   std::vector<Item> blocks;
   for (int64_t n = 0; n < p.num_sequences; ++n) {
     const Sequence s = sequence(p, n);
-    for (int64_t first = (s.queries - 1) / kQueries * kQueries; first >= 0 && s.queries > 0; first -= kQueries) {
+    for (int64_t first = (s.queries - 1) / rows * rows; first >= 0 && s.queries > 0; first -= rows) {
       for (int64_t head = 0; head < p.heads; ++head) {
         blocks.push_back({n, head, first});  // the longest first
       }
@@ -36,7 +39,7 @@ void forward(const Problem& p, int threads) {
   const int64_t columns = (most + shares - 1) / shares * kColumns, count = num_blocks * shares;
 #pragma omp parallel num_threads(static_cast<int>(std::clamp<int64_t>(count, 1, threads))) if (threads > 1)
   {
-    Worker<T, A> worker(p, false);
+    Worker<T, A> worker(p, false, rows);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < count; ++i) {
       const Item& block = blocks[i / shares];

@@ -21,9 +21,9 @@ namespace {
 
 using namespace ::kx::KX_ISA;  // the vectors of this instruction set
 
-constexpr int kQueries = 64;  // rows of a block
-constexpr int kKeys = 64;     // columns of a block
-constexpr int kColumns = 64;  // of values, that a product takes at a time: they stay in the first cache
+constexpr int kQueries = 128;  // rows of a block, at most
+constexpr int kKeys = 64;      // columns of a block
+constexpr int kColumns = 64;   // of values, that a product takes at a time: they stay in the first cache
 
 // Rows of one sequence in memory.
 struct Sequence {
@@ -40,45 +40,49 @@ Sequence sequence(const Problem& p, int64_t n) {
   return {0, query, key, p.cu_seqlens[n + 1] - query, p.cu_seqlens_k[n + 1] - key};
 }
 
-// f of n scores in their place, and its derivative unless `slope` is null. NaN stays NaN.
+// f of n scores in their place, and its derivative unless `slope` is null, up to the next whole vector. NaN stays NaN.
 template <class A>
 void activate(Activation f, int n, A* x, A* slope) {
+  using V = vector_t<A>;
+  const V zero = all(A{0}), one = all(A{1});
   const auto each = [&](auto&& value, auto&& derivative) {
-    if (slope != nullptr) {
-      for (int j = 0; j < n; ++j) {
-        slope[j] = derivative(x[j]);
+    for (int j = 0; j < n; j += V::kLanes) {
+      const V y = load(x + j);
+      if (slope != nullptr) {
+        store(slope + j, derivative(y));
       }
-    }
-    for (int j = 0; j < n; ++j) {
-      x[j] = value(x[j]);
+      store(x + j, value(y));
     }
   };
-  const auto sigmoid = [](A y) { return 1 / (1 + std::exp(-y)); };
+  const auto relu = [&](V y) { return max(zero, y); };
+  const auto sigmoid = [&](V y) { return div(one, add(one, exp(mul(all(A{-1}), y)))); };
   switch (f) {
     case Activation::kRelu2:
-      return each([](A y) { return y <= 0 ? A{0} : y * y; }, [](A y) { return y <= 0 ? A{0} : 2 * y; });
+      return each([&](V y) { return mul(relu(y), relu(y)); }, [&](V y) { return mul(all(A{2}), relu(y)); });
     case Activation::kRelu:
-      return each([](A y) { return y <= 0 ? A{0} : y; }, [](A y) { return y <= 0 ? A{0} : A{1}; });
+      return each(relu, [&](V y) { return each_lane(y, [](A z) { return z <= 0 ? A{0} : A{1}; }); });
     case Activation::kSilu:
-      return each([&](A y) { return y * sigmoid(y); },
-                  [&](A y) {
-                    const A s = sigmoid(y);
-                    return s * (1 + y * (1 - s));
+      return each([&](V y) { return mul(y, sigmoid(y)); },
+                  [&](V y) {
+                    const V s = sigmoid(y);
+                    return mul(s, fma(y, sigmoid(mul(all(A{-1}), y)), one));
                   });
     case Activation::kSigmoid:
-      return each(sigmoid, [&](A y) {
-        const A s = sigmoid(y);
-        return s * (1 - s);
-      });
+      return each(sigmoid, [&](V y) { return mul(sigmoid(y), sigmoid(mul(all(A{-1}), y))); });
     case Activation::kLaplace: {
       const double mean = std::sqrt(0.5), pi = 3.14159265358979323846;
-      const A middle = static_cast<A>(mean), slope_of_erf = static_cast<A>(std::sqrt(2 * pi));
-      const A root = static_cast<A>(std::sqrt(2.0)), decay = static_cast<A>(2 * pi);
-      return each([=](A y) { return A{0.5} * (1 + std::erf((y - middle) * slope_of_erf)); },
-                  [=](A y) { return root * std::exp(-decay * (y - middle) * (y - middle)); });
+      const V middle = all(static_cast<A>(mean)), slope_of_erf = all(static_cast<A>(std::sqrt(2 * pi)));
+      const V root = all(static_cast<A>(std::sqrt(2.0))), decay = all(static_cast<A>(-2 * pi));
+      const auto apart = [=](V y) { return fms(one, y, middle); };
+      return each(
+          [=](V y) {
+            const V part = each_lane(mul(apart(y), slope_of_erf), [](A z) { return std::erf(z); });
+            return mul(all(A{0.5}), add(one, part));
+          },
+          [=](V y) { return mul(root, exp(mul(decay, mul(apart(y), apart(y))))); });
     }
     case Activation::kIdentity:
-      return each([](A y) { return y; }, [](A) { return A{1}; });
+      return each([](V y) { return y; }, [=](V) { return one; });
   }
 }
 
@@ -125,8 +129,8 @@ struct Turn {
 template <class T, class A>
 class Worker {
  public:
-  Worker(const Problem& p, bool backward)
-      : p(p), key_dim(static_cast<int>(p.key_dim)), value_dim(static_cast<int>(p.value_dim)) {
+  Worker(const Problem& p, bool backward, int block_rows = kQueries)
+      : p(p), block_rows(block_rows), key_dim(static_cast<int>(p.key_dim)), value_dim(static_cast<int>(p.value_dim)) {
     q = take(kQueries * static_cast<size_t>(kw));
     k = take(kKeys * static_cast<size_t>(kw));
     k_columns = take(static_cast<size_t>(key_dim) * kKeys);
@@ -155,16 +159,17 @@ class Worker {
     const int64_t last = p.causal ? std::min(s.keys, first + count + s.shift()) : s.keys;
     for (int64_t key = 0; key < last; key += kKeys) {
       const int keys = static_cast<int>(std::min<int64_t>(kKeys, last - key));
+      const int from_row = blind_rows(s, first, count, key);
       load_keys(s, head / group(), key, keys);
-      multiply(count, keys, key_dim, q, kw, 1, k_columns, kKeys, scores, kKeys, false);
-      score(s, head, first, count, key, keys, nullptr);
-      for (int i = 0; i < count && p.by_sum; ++i) {
+      score(s, head, first, from_row, count, key, keys, nullptr);
+      for (int i = from_row; i < count && p.by_sum; ++i) {
         sums[i] += total<A>(keys, [&](int j) { return scores[i * kKeys + j]; });
       }
       if (count == 1) {
         weigh_values(s, head / group(), key, keys, from, to);
       } else {
-        multiply_values(s, head / group(), key, keys, std::min<int64_t>(kKeys, last - key - keys), count, from, to);
+        const int64_t next = std::min<int64_t>(kKeys, last - key - keys);
+        multiply_values(s, head / group(), key, keys, next, from_row, count, from, to);
       }
     }
     for (int i = 0; i < count; ++i) {
@@ -220,11 +225,12 @@ class Worker {
     for (int64_t head = kv_head * group(); head < (kv_head + 1) * group(); ++head) {
       for (int64_t first = seen_from / kQueries * kQueries; first < s.queries; first += kQueries) {
         const int count = block_of(s, first);
+        const int from_row = blind_rows(s, first, count, key), rows = count - from_row;
+        const size_t from = static_cast<size_t>(from_row) * kKeys;
         load_queries(s, head, first, count);
-        multiply(count, keys, key_dim, q, kw, 1, k_columns, kKeys, scores, kKeys, false);
-        score(s, head, first, count, key, keys, slopes);
+        score(s, head, first, from_row, count, key, keys, slopes);
         A factors[kQueries], shifts[kQueries] = {};
-        for (int i = 0; i < count; ++i) {
+        for (int i = from_row; i < count; ++i) {
           const int64_t at = s.query_row + first + i;
           const A sum = p.by_sum ? by_row(p.sums, (s.batch * p.queries + at) * p.heads + head) : A{0};
           factors[i] = keep_query[i] ? factor(s, at, head, sum) : A{0};
@@ -232,14 +238,14 @@ class Worker {
         int e = 0;
         do {  // a few columns of g at a time, which stay in the first cache
           const int columns = std::min(kColumns, value_dim - e);
-          load_gradients(s, head, first, count, e, columns, factors, shifts);
-          ask_for_gradients(s, head, first, count, e + columns);
-          gemm(count, keys, columns, slice, kColumns, 1, v_columns + static_cast<size_t>(e) * kKeys, kKeys, grad_scores,
-               kKeys, e > 0, Part::kAll, [this] { ahead(); });
-          gemm(keys, columns, count, scores, 1, kKeys, slice, kColumns, grad_v + e, vw, true, Part::kAll,
+          load_gradients(s, head, first, from_row, count, e, columns, factors, shifts);
+          ask_for_gradients(s, head, first + from_row, rows, e + columns);
+          gemm(rows, keys, columns, slice, kColumns, 1, v_columns + static_cast<size_t>(e) * kKeys, kKeys,
+               grad_scores + from, kKeys, e > 0, Part::kAll, [this] { ahead(); });
+          gemm(keys, columns, rows, scores + from, 1, kKeys, slice, kColumns, grad_v + e, vw, true, Part::kAll,
                [this] { ahead(); });
         } while ((e += kColumns) < value_dim);
-        for (int i = 0; i < count; ++i) {
+        for (int i = from_row; i < count; ++i) {
           for (int j = 0; j < keys; ++j) {
             A& x = grad_scores[i * kKeys + j];
             x = slopes[i * kKeys + j] * (x - shifts[i]);
@@ -248,17 +254,17 @@ class Worker {
         const int64_t tile = (head - kv_head * group()) * tiles + first / kQueries;
         turn.wait(tile);
         if (grad_bias != nullptr) {
-          add_to_bias(s, head, first, count, key, keys, grad_bias);
+          add_to_bias(s, head, first, from_row, count, key, keys, grad_bias);
         }
-        for (int i = 0; i < count; ++i) {
+        for (int i = from_row; i < count; ++i) {
           const A a = scale(p.scale, p.a, s, s.query_row + first + i);
           for (int j = 0; j < keys; ++j) {
             grad_scores[i * kKeys + j] *= a;
           }
         }
-        multiply(keys, key_dim, count, grad_scores, 1, kKeys, q, kw, grad_k, kw, true);
-        multiply(count, key_dim, keys, grad_scores, kKeys, 1, k, kw, grad_queries + (first * p.heads + head) * kw,
-                 p.heads * kw, true);
+        multiply(keys, key_dim, rows, grad_scores + from, 1, kKeys, q + from_row * kw, kw, grad_k, kw, true);
+        multiply(rows, key_dim, keys, grad_scores + from, kKeys, 1, k, kw,
+                 grad_queries + ((first + from_row) * p.heads + head) * kw, p.heads * kw, true);
         turn.pass(tile);
       }
     }
@@ -296,8 +302,13 @@ class Worker {
     return buffers_.back().get();
   }
   int64_t group() const { return p.heads / p.kv_heads; }
-  static int block_of(const Sequence& s, int64_t first) {
-    return static_cast<int>(std::min<int64_t>(kQueries, s.queries - first));
+  int block_of(const Sequence& s, int64_t first) const {
+    return static_cast<int>(std::min<int64_t>(block_rows, s.queries - first));
+  }
+  // The first rows of a block of queries that see no key from `key` on: whole tiles of them.
+  int blind_rows(const Sequence& s, int64_t first, int count, int64_t key) const {
+    const int64_t rows = p.causal ? std::clamp<int64_t>(key - first - s.shift(), 0, count) : 0;
+    return static_cast<int>(rows / kTileRows * kTileRows);
   }
   int keys_of(const Sequence& s, int64_t key) const { return static_cast<int>(std::min<int64_t>(kKeys, s.keys - key)); }
 
@@ -339,8 +350,8 @@ class Worker {
   }
   // wide += scores · columns [from, to) of the values of a block of keys. A few columns are loaded at a time, while the
   // machine is asked for those that follow: of the same keys, or of the `next` ones.
-  void multiply_values(const Sequence& s, int64_t kv_head, int64_t key, int keys, int64_t next, int count, int from,
-                       int to) {
+  void multiply_values(const Sequence& s, int64_t kv_head, int64_t key, int keys, int64_t next, int from_row, int count,
+                       int from, int to) {
     for (int e = from; e < to; e += kColumns) {
       const int columns = std::min(kColumns, to - e);
       for (int j = 0; j < keys; ++j) {
@@ -353,8 +364,8 @@ class Worker {
       } else if (next > 0) {
         ask_for_values(s, kv_head, key + keys, static_cast<int>(next), from, std::min(kColumns, to - from));
       }
-      gemm(count, columns, keys, scores, kKeys, 1, slice, kColumns, wide + e, vw, true, Part::kAll,
-           [this] { ahead(); });
+      gemm(count - from_row, columns, keys, scores + from_row * kKeys, kKeys, 1, slice, kColumns,
+           wide + static_cast<size_t>(from_row) * vw + e, vw, true, Part::kAll, [this] { ahead(); });
     }
   }
   void ask_for_values(const Sequence& s, int64_t kv_head, int64_t key, int keys, int from, int columns) {
@@ -380,9 +391,11 @@ class Worker {
     }
   }
   void load_keys(const Sequence& s, int64_t head, int64_t key, int keys) {
+    keep_all_keys = true;
     for (int j = 0; j < keys; ++j) {
       const int64_t at = s.key_row + key + j;
       keep_key[j] = keeps(p.key_mask, p.key_mask_stride, s.batch, at);
+      keep_all_keys = keep_all_keys && keep_key[j];
       load_kept(keep_key[j], element<const T>(p.k, s.batch, at, head), p.k.stride[3], key_dim, k + j * kw);
     }
     transpose(keys, key_dim, k, kw, k_columns, kKeys);
@@ -417,13 +430,13 @@ class Worker {
     }
   }
 
-  // Columns [from, from + columns) of g, the gradients of sums of scores times values, to `slice`; and to `shifts` what
-  // they add to the part of a score's gradient that is the whole row's.
-  void load_gradients(const Sequence& s, int64_t head, int64_t first, int count, int from, int columns,
+  // Columns [from, from + columns) of g, the gradients of sums of scores times values, to `slice`, from a row of the
+  // block on; and to `shifts` what they add to the part of a score's gradient that is the whole row's.
+  void load_gradients(const Sequence& s, int64_t head, int64_t first, int from_row, int count, int from, int columns,
                       const A* factors, A* shifts) {
-    for (int i = 0; i < count; ++i) {
+    for (int i = from_row; i < count; ++i) {
       const int64_t at = s.query_row + first + i;
-      A* const g = slice + i * kColumns;
+      A* const g = slice + (i - from_row) * kColumns;
       load_gradient(s.batch, at, head, from, columns, factors[i], keep_query[i], g);
       if (p.by_sum && keep_query[i]) {
         load_ungated(s.batch, at, head, from, columns);
@@ -457,25 +470,32 @@ class Worker {
   }
   // Columns of a row of grad_o, gated, times c; zeros where it is not kept.
   void load_gradient(int64_t batch, int64_t at, int64_t head, int from, int columns, A c, bool kept, A* g) {
-    load_kept(kept, element<const T>(p.grad_o, batch, at, head, from), p.grad_o.stride[3], columns, g);
-    if (p.gate.data != nullptr) {
-      load_kept(kept, element<const T>(p.gate, batch, at, head, from), p.gate.stride[3], columns, row);
-      for (int e = 0; e < columns; ++e) {
-        g[e] *= row[e] * c;
-      }
-    } else {
-      for (int e = 0; e < columns; ++e) {
-        g[e] *= c;
-      }
+    using V = vector_t<A>;
+    const T* const grad = element<const T>(p.grad_o, batch, at, head, from);
+    const T* const gate = p.gate.data != nullptr ? element<const T>(p.gate, batch, at, head, from) : nullptr;
+    const int64_t grad_stride = p.grad_o.stride[3], gate_stride = p.gate.stride[3];
+    const bool whole = kept && grad_stride == 1 && (gate == nullptr || gate_stride == 1);
+    int e = 0;
+    for (; whole && e + V::kLanes <= columns; e += V::kLanes) {
+      const V factor = gate != nullptr ? mul(all(c), load(gate + e)) : all(c);
+      store(g + e, mul(load(grad + e), factor));
+    }
+    for (; e < columns; ++e) {
+      const A factor = kept && gate != nullptr ? c * widen(gate[e * gate_stride]) : c;
+      g[e] = kept ? widen(grad[e * grad_stride]) * factor : A{0};
     }
   }
 
-  // Products q·k as scores: scaled, biased, through f, and 0 where a row does not see a key; their slopes likewise.
-  void score(const Sequence& s, int64_t head, int64_t first, int count, int64_t key, int keys, A* slope) {
+  // Products q·k as scores of rows [from_row, count): scaled, biased, through f, and 0 where a row does not see a key;
+  // their slopes likewise.
+  void score(const Sequence& s, int64_t head, int64_t first, int from_row, int count, int64_t key, int keys, A* slope) {
+    using V = vector_t<A>;
+    multiply(count - from_row, keys, key_dim, q + from_row * kw, kw, 1, k_columns, kKeys, scores + from_row * kKeys,
+             kKeys, false);
     const A* const distances = p.bias == nullptr ? nullptr
                                                  : static_cast<const A*>(p.bias) +
                                                        (p.bias_heads > 1 ? head : 0) * p.distances + p.distances / 2;
-    for (int i = 0; i < count; ++i) {
+    for (int i = from_row; i < count; ++i) {
       A* const x = scores + i * kKeys;
       A* const slopes_here = slope != nullptr ? slope + i * kKeys : nullptr;
       const int64_t at = s.query_row + first + i, apart = key - (first + i + s.shift());
@@ -486,33 +506,30 @@ class Worker {
       if (!keep_query[i]) {
         seen = 0;
       }
-      const A a = scale(p.scale, p.a, s, at);
-      if (distances != nullptr) {
-        const A b = scale(p.bias_scale, p.b, s, at);
-        for (int j = 0; j < seen; ++j) {
-          x[j] = a * x[j] + b * distances[apart + j];
+      const V a = all(scale(p.scale, p.a, s, at));
+      const A b = distances == nullptr ? A{0} : scale(p.bias_scale, p.b, s, at);
+      for (int j = 0; j < seen; j += V::kLanes) {
+        V y = mul(a, load(x + j));
+        if (distances != nullptr) {
+          y = fma(all(b), load(distances + apart + j, std::min(V::kLanes, seen - j)), y);
         }
-      } else {
-        for (int j = 0; j < seen; ++j) {
-          x[j] *= a;
-        }
+        store(x + j, y);
       }
       activate(p.activation, seen, x, slopes_here);
-      for (int j = 0; j < keys; ++j) {
-        if (j >= seen || !keep_key[j]) {
-          x[j] = 0;
-          if (slopes_here != nullptr) {
-            slopes_here[j] = 0;
+      for (A* const y : {x, slopes_here}) {
+        for (int j = keep_all_keys ? seen : 0; y != nullptr && j < keys; ++j) {
+          if (j >= seen || !keep_key[j]) {
+            y[j] = 0;
           }
         }
       }
     }
   }
 
-  void add_to_bias(const Sequence& s, int64_t head, int64_t first, int count, int64_t key, int keys,
+  void add_to_bias(const Sequence& s, int64_t head, int64_t first, int from_row, int count, int64_t key, int keys,
                    double* grad_bias) {
     double* const distances = grad_bias + head * p.distances + p.distances / 2;
-    for (int i = 0; i < count; ++i) {
+    for (int i = from_row; i < count; ++i) {
       const A b = scale(p.bias_scale, p.b, s, s.query_row + first + i);
       const int64_t apart = key - (first + i + s.shift());
       for (int j = 0; j < keys; ++j) {
@@ -524,6 +541,7 @@ class Worker {
   }
 
   const Problem& p;
+  const int block_rows;  // of queries
   const int key_dim, value_dim;
   const int kw = whole_vectors(p.key_dim), vw = whole_vectors(p.value_dim);  // widths of rows
   A *q, *k, *k_columns;              // [kQueries, kw], [kKeys, kw], [key_dim, kKeys]
@@ -534,7 +552,7 @@ class Worker {
   A *grad_v, *grad_k;                // [kKeys, vw], [kKeys, kw]
   A* row;                            // [vw]
   Ahead ahead;
-  bool keep_query[kQueries], keep_key[kKeys];
+  bool keep_query[kQueries], keep_key[kKeys], keep_all_keys;
   std::vector<Buffer<A>> buffers_;
 };
 
