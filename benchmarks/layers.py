@@ -79,8 +79,8 @@ class Performer(nn.Module):
         self.features = kx.nn.FavorFeatures(HEAD_DIM, FEATURES)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k = (self.features(x).transpose(1, 2) for x in (q, k))
-        q, k = (q - q.amax(-1, keepdim=True)).exp(), (k - k.amax((-2, -1), keepdim=True)).exp()
+        q, k = (self.features(x.float()).transpose(1, 2) for x in (q, k))  # exponents
+        q, k = (q - q.amax(-1, keepdim=True)).exp().to(v), (k - k.amax((-2, -1), keepdim=True)).exp().to(v)
         return (q @ (k.mT @ v.transpose(1, 2)) / (q @ k.sum(2)[..., None])).transpose(1, 2)
 
 
@@ -95,12 +95,12 @@ def nystrom(landmarks: int) -> Mix:
     def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
         small_q, small_k = (x.unflatten(2, (landmarks, -1)).mean(3) for x in (q, k))
-        a = (small_q @ small_k.mT).softmax(-1)
-        z, eye = a.mT / a.sum(-2).amax(-1)[..., None, None], torch.eye(landmarks, device=q.device, dtype=q.dtype)
+        a = (small_q @ small_k.mT).softmax(-1, torch.float32)  # as is its inverse
+        z, eye = a.mT / a.sum(-2).amax(-1)[..., None, None], torch.eye(landmarks, device=q.device)
         for _ in range(6):
             az = a @ z
             z = z @ (13 * eye - az @ (15 * eye - az @ (7 * eye - az))) / 4
-        return ((q @ small_k.mT).softmax(-1) @ (z @ ((small_q @ k.mT).softmax(-1) @ v))).transpose(1, 2)
+        return ((q @ small_k.mT).softmax(-1) @ (z.to(v) @ ((small_q @ k.mT).softmax(-1) @ v))).transpose(1, 2)
 
     return mix
 
@@ -192,6 +192,9 @@ def feed_forward(width: int) -> nn.Module:
     return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
 
+Compute = Callable[..., Tensor]
+
+
 @dataclass(frozen=True)
 class Part:
     """Something to time. `level`: "mixing" alone, on heads of `dims`; or "layer", on rows as wide as the model."""
@@ -199,12 +202,12 @@ class Part:
     name: str
     by: str  # "eager", "fused", "torch.compile", "every state", "ours", or a peer's package
     level: str
-    build: Callable[[int], Callable[..., Tensor]]  # given the width of the model
+    build: Callable[[int], Compute]  # given the width of the model
     dims: tuple[int, int] = (HEAD_DIM, HEAD_DIM)  # of queries and keys, of values; mixing
     gated: bool = False
     kept: int = 0  # numbers per pair of tokens, or of a token and a dimension, that the forward pass holds
     multiple: int = 1  # of which a length has to be
-    exact: Callable[[Any, int], Callable[..., Tensor]] | None = None  # a peer's definition, given what was built
+    exact: Callable[[Any, int], Compute] | None = None  # a peer's definition, given what was built
 
     @property
     def usual(self) -> bool:
@@ -218,7 +221,7 @@ class Part:
         quadratic = self.kept or self.by == "fused" or self.name.startswith(("attention", "GAU"))
         return length * width * (linear + (4 * length * max(1, self.kept) if quadratic else 0))
 
-    def made(self, width: int, device: str) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    def made(self, width: int, device: str) -> tuple[Compute, list[Tensor]]:
         """The function and its weights."""
         with torch.device("meta" if device == "meta" else "cpu"):
             function = self.build(width)
@@ -356,13 +359,14 @@ def _their_performer(width: int) -> nn.Module:
 
 
 def _exact_performer(peer: Any, width: int) -> nn.Module:
-    """Theirs adds 1e-4 to features that the largest projection has scaled, which changes what attention gives."""
+    """Theirs adds 1e-4 to features that the largest projection has scaled, which changes what attention gives, and
+    takes that projection for a constant where it differentiates."""
     projection = peer.mix.mix.projection_matrix
 
     def features(x: Tensor, *scaled: int) -> Tensor:
         y = x.transpose(1, 2) * HEAD_DIM**-0.25
         logs = y @ projection.T
-        return (logs - y.square().sum(-1, keepdim=True) / 2 - logs.amax(scaled, keepdim=True)).exp() + 1e-4
+        return (logs - y.square().sum(-1, keepdim=True) / 2 - logs.amax(scaled, keepdim=True).detach()).exp() + 1e-4
 
     def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k = features(q, -1), features(k, -2, -1)
@@ -462,20 +466,27 @@ def find(level: str, name: str, by: str) -> Part | None:
     return next((p for p in parts() if (p.level, p.name, p.by) == (level, name, by)), None)
 
 
-@functools.cache
-def outputs_off(level: str, name: str, by: str, width: int, device: str) -> float:
-    """How far the result of a part is from its definition's, over the largest value.
-
-    The definition is the reference, with the same weights; of attention, the formula. What torch alone defines is not
-    wrong.
+def defined(level: str, name: str, by: str, width: int, device: str) -> tuple[Part, Compute, Compute] | None:
+    """A part, its function, and what that has to give where kernels are references: the same in ours, with the same
+    weights; of attention, the formula. What torch alone defines is not wrong.
     """
     part, definition = find(level, name, by), find(level, name, "eager" if name == "attention" else "ours")
     if part is None or definition is None:
-        return 0.0
+        return None
     function = part.made(width, device)[0]
     exact = definition.made(width, device)[0] if part.exact is None else part.exact(function, width)
     if part.exact is None and isinstance(function, nn.Module) and isinstance(exact, nn.Module):
         exact.load_state_dict(function.state_dict())
+    return part, function, exact
+
+
+@functools.cache
+def outputs_off(level: str, name: str, by: str, width: int, device: str) -> float:
+    """How far the result of a part is from its definition's, over the largest value."""
+    found = defined(level, name, by, width, device)
+    if found is None:
+        return 0.0
+    part, function, exact = found
     inputs = part.inputs(width, CHECKED, device)
     with torch.no_grad():
         out = function(*inputs)
@@ -485,20 +496,37 @@ def outputs_off(level: str, name: str, by: str, width: int, device: str) -> floa
 
 @functools.cache
 def gradients_off(level: str, name: str, by: str, width: int, device: str) -> float:
-    """Of what our kernels serve: how far gradients of inputs and weights are from the reference's."""
-    part = find(level, name, by)
-    if part is None or by != "ours":
+    """How far gradients of inputs are from the definition's, and of what our kernels serve those of weights."""
+    found = defined(level, name, by, width, device)
+    if found is None:
         return 0.0
-    function, weights = part.made(width, device)
+    part, function, exact = found
     inputs = part.inputs(width, CHECKED, device, gradient=True)
+    weights: list[Tensor] = []
+    if by == "ours":
+        function, weights = part.made(width, device)
+        exact = function
 
-    def gradients() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(function(*inputs).sin().sum(), [*inputs, *weights])
+    grad = torch.randn(inputs[-1].shape, generator=torch.Generator().manual_seed(1)).to(inputs[-1])
 
-    found = gradients()
+    def gradients(of: Compute) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(of(*inputs), [*inputs, *weights], grad)
+
+    mine = gradients(function)
     with kx.backend("reference"):
-        pairs = zip(found, gradients(), strict=True)
-        return max(contest.off(mine.reshape(1, -1), exact.reshape(1, -1).double()) for mine, exact in pairs)
+        pairs = zip(mine, gradients(exact), strict=True)
+        return max(contest.off(y.reshape(1, -1), z.reshape(1, -1).double()) for y, z in pairs)
+
+
+def compiled_off(function: Any, inputs: Sequence[Tensor], gradient: bool) -> float:
+    """How far what is compiled is from what it was compiled of: its result, or gradients of inputs."""
+    as_written = contest.original(function)
+    if gradient:
+        grad = torch.randn(inputs[-1].shape, generator=torch.Generator().manual_seed(1)).to(inputs[-1])
+        pairs = [torch.autograd.grad(f(*inputs), inputs, grad) for f in (function, as_written)]
+        return max(contest.off(y, z.double()) for y, z in zip(*pairs, strict=True))
+    with torch.no_grad():
+        return contest.off(function(*inputs), as_written(*inputs).double())
 
 
 def call(part: Part, width: int, length: int, what: str, device: str) -> Callable[[int], object]:
@@ -507,14 +535,14 @@ def call(part: Part, width: int, length: int, what: str, device: str) -> Callabl
     size = dtype_of(device).itemsize * sum(map(math.prod, part.shapes(width, length)))
     count = max(1, min(SETS, math.ceil(4 * cache_bytes(device) / size)))
     sets = [part.inputs(width, length, device, what == "both", seed) for seed in range(count)]
-    if part.by == "torch.compile":
-        with torch.no_grad():
-            off = contest.off(function(*sets[0]), function._orig_mod(*sets[0]).double())  # type: ignore[attr-defined]
-    else:
-        which = (part.level, part.name, part.by, width, device)
-        off = max(outputs_off(*which), gradients_off(*which) if what == "both" else 0.0)
-    if why := contest.wrong(off, contest.most_off(part.by == "ours", dtype_of(device))):
-        raise contest.Missing(why)
+    which = (part.level, part.name, part.by, width, device)
+    for gradient in (False, True)[: 1 + (what == "both")]:
+        if part.by == "torch.compile":
+            off = compiled_off(function, sets[0], gradient)
+        else:
+            off = gradients_off(*which) if gradient else outputs_off(*which)
+        if why := contest.wrong(off, contest.most_off(part.by == "ours", dtype_of(device), gradient)):
+            raise contest.Missing(why)
     if what == "forward":
 
         def forward(turn: int) -> object:

@@ -228,12 +228,12 @@ class Step(NamedTuple):
         return f"{self.where}/{self.what}"
 
 
-def call_seconds(case: Any, device: str) -> float:
-    """About how many seconds the calls of four contenders take, beyond what rounds of fast ones do; few if they are so
+def call_seconds(case: Any, device: str, most: float) -> float:
+    """About how many seconds the calls of four contenders take, beyond what rounds of fast ones do; none if they are so
     many that the case is refused.
     """
     seconds = 4 * measure.CALLS * case.flops / (1e11 if device == "cpu" else 2e14)
-    return seconds if seconds < 30 else 0.0
+    return seconds if seconds < most else 0.0
 
 
 def operator_steps(op: Any, name: str, device: str, quick: bool) -> Iterator[Step]:
@@ -248,10 +248,11 @@ def operator_steps(op: Any, name: str, device: str, quick: bool) -> Iterator[Ste
             compiled = not quick and (where == "timings" or (where == "growth" and case.length in COMPILED))
             find = functools.partial(timings, op, case, device, budget, quick, compiled=compiled)
             imports = (4 if quick else 10) if case == cases[0] and where == "timings" else 0  # of peers, once
-            expected = 2 * budget + imports + (1 if quick else 10 if compiled else 2) + call_seconds(case, device)
-            expected *= 2 if where == "timings" else 1  # which goals are about
+            goals = where == "timings"  # are about these
+            calls = call_seconds(case, device, 100 if goals and not quick else 30)
+            expected = (2 if goals else 1) * (2 * budget + imports + (1 if quick else 10 if compiled else 2) + calls)
             yield Step(where, case.name, find, expected)
-    yield Step("host", "host time", lambda _: host_times(op, device, quick), 2 if quick else 15)
+    yield Step("host", "host time", lambda _: host_times(op, device, quick), 2 if quick else 30)
     for case in measured:
         find = functools.partial(memory, op, case, device, not quick and case == cases[0])
         yield Step("memory", f"memory, {case.name}", find, 2 if quick else 12 if case == cases[0] else 3)
