@@ -318,7 +318,10 @@ def _mixed_work(case: Case) -> dict[str, int]:
 
 MIXED = "mixed chunks (FLASH)"
 CONTENDERS = [
-    *(Contender(f"kx {backend}", "ours", _ours(backend)) for backend in ("cuda", "triton", "cpu", "reference")),
+    *(
+        Contender(f"kx {backend}", "ours", _ours(backend))
+        for backend in ("cuda", "triton", "cpu", "torch", "reference")
+    ),
     Contender("torch eager", "torch", _eager),
     Contender("torch.compile", "torch", _compiled),
     Contender("softmax attention (SDPA)", "other", _softmax, exact=_softmax_exact),

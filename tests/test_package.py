@@ -28,7 +28,8 @@ BELOW = {
     "_native": {"_problem", "presets"},
     "_triton": {"_problem", "_triton_kernel", "presets"},
     "_triton_kernel": set(),
-    "_backends": {"_problem", "_native", "_triton", "reference", "state", "presets"},
+    "_torch": {"_problem", "presets"},
+    "_backends": {"_problem", "_native", "_triton", "_torch", "reference", "state", "presets"},
     "_autograd": {"_problem", "_backends"},
     "api": {"_problem", "_backends", "_autograd", "state", "presets"},
     "spec": {"_problem", "_triton", "api", "reference", "state", "tables", "presets"},  # of Triton: sizes of its tiles

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from . import library, triton
 
 AUTO = "auto"
-NAMES = ("cuda", "triton", "cpu", "reference")
+NAMES = ("cuda", "triton", "cpu", "torch", "reference")
 
 
 class Backend(NamedTuple):
@@ -19,12 +19,14 @@ class Backend(NamedTuple):
     unsupported(problem): why it cannot serve this call, or None if it can.
     run(problem, ...): tensors in, fresh tensors out (or the operator's documented in-place form).
     run_backward(problem, ...): gradients, where they are another computation than `run`.
+    comes_last(problem): whether `auto` tries it after those that serve everything, as one of these is faster.
     """
 
     name: str
     unsupported: Callable[[Any], str | None]
     run: Callable[..., Any]
     run_backward: Callable[..., Any] | None = None
+    comes_last: Callable[[Any], bool] = lambda problem: False
 
 
 class UnsupportedError(RuntimeError):
@@ -42,7 +44,8 @@ _default = _checked(os.environ.get("KX_BACKEND", AUTO), "environment variable KX
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Within the block, calls that pass no `backend=` use this one ("auto", "cuda", "triton", "cpu" or "reference").
+    """Within the block, calls that pass no `backend=` use this one ("auto", "cuda", "triton", "cpu", "torch" or
+    "reference").
 
     Process-wide, like torch.backends flags: threads that autograd starts see it too.
     """
@@ -65,14 +68,15 @@ def _reason(backend: Backend, problem: Any) -> str | None:
     return backend.unsupported(problem)
 
 
-def _in_order(backends: Sequence[Backend]) -> Sequence[Backend]:
+def _in_order(backends: Sequence[Backend], problem: Any) -> Sequence[Backend]:
     """As `auto` tries them: Triton's interpreter, which is for looking into a kernel, after everything else."""
-    return sorted(backends, key=lambda b: b.name == "triton") if triton.interpreted() else backends
+    interpreted = triton.interpreted()
+    return sorted(backends, key=lambda b: (interpreted and b.name == "triton") or b.comes_last(problem))
 
 
 def survey(backends: Sequence[Backend], problem: Any) -> list[tuple[str, str | None]]:
     """(name, reason it cannot serve, or None) for each backend, in the order that `auto` tries them."""
-    return [(b.name, _reason(b, problem)) for b in _in_order(backends)]
+    return [(b.name, _reason(b, problem)) for b in _in_order(backends, problem)]
 
 
 def choose(op: str, backends: Sequence[Backend], name: str, problem: Any) -> Backend:
@@ -80,7 +84,7 @@ def choose(op: str, backends: Sequence[Backend], name: str, problem: Any) -> Bac
 
     Raises UnsupportedError, with every backend's reason, if the one asked for by name cannot.
     """
-    for candidate in _in_order(backends):
+    for candidate in _in_order(backends, problem):
         if name in (AUTO, candidate.name) and _reason(candidate, problem) is None:
             return candidate
     reasons = "\n".join(f"  {n}: {why or 'can serve'}" for n, why in survey(backends, problem))

@@ -47,11 +47,12 @@ def differentiable_reference(p: Problem) -> Tensor:
 
 @functools.cache
 def backends() -> tuple[dispatch.Backend, ...]:
-    from . import _native, _triton
+    from . import _native, _torch, _triton
 
     return (
         dispatch.Backend("cuda", _native.cuda_unsupported, _native.run_cuda, _native.run_cuda_backward),
         dispatch.Backend("triton", _triton.unsupported, _triton.run, _triton.run_backward),
+        dispatch.Backend("torch", _torch.unsupported, _torch.run, _torch.run_backward, _torch.comes_last),
         dispatch.Backend("cpu", _native.cpu_unsupported, _native.run_cpu, _native.run_cpu_backward),
         dispatch.Backend("reference", lambda problem: None, OPERATOR.run_reference, OPERATOR.run_reference_backward),
     )

@@ -88,7 +88,7 @@ def gau_attention(
             one block of keys or queries, with CUDA 128 keys for the rows of all heads, 2·B·n_q·H·128 numbers. Beside
             it is what is linear in n: gradients of rows [B, n_q, H, e], and sums. On a CPU it has no effect: threads
             hold a few blocks each.
-        backend: "auto", "cuda", "triton", "cpu" or "reference"; None takes the choice of `kx_kernels.backend`.
+        backend: "auto", "cuda", "triton", "cpu", "torch" or "reference"; None takes the choice of `kx_kernels.backend`.
 
     Returns:
         [B, n_q, H, e], of q's dtype. Rows of padding, and rows that see nothing, are 0 and give no gradient. Sums are
@@ -123,7 +123,7 @@ def gau_attention(
     p, how = _checked(q, k, v, gate, **options)
     wanted = dispatch.requested(backend)
     if how.activation in SOFTMAXES:
-        if wanted != dispatch.AUTO:
+        if wanted not in (dispatch.AUTO, "torch"):
             raise dispatch.UnsupportedError(f"{OP}: backend {wanted!r} cannot serve this call\n  {wanted}: {_TORCHS}")
         given = [x for x in p[:NUM_TENSORS] if isinstance(x, Tensor)]
         if not library.needs_operator(given) and not library.transforming():
@@ -143,7 +143,7 @@ def survey(*args, **kwargs) -> list[tuple[str, str | None]]:
     """For `kx_kernels.explain`: each backend, and why it cannot serve this call or None."""
     p, how = _checked(**bound(gau_attention, args, kwargs, without=("backend",)))
     if how.activation in SOFTMAXES:
-        return [*((b.name, _TORCHS) for b in backends()), ("torch", None)]
+        return [(b.name, None if b.name == "torch" else _TORCHS) for b in backends()]
     return dispatch.survey(backends(), p)
 
 

@@ -279,7 +279,7 @@ BAD_CALLS = (
     BadCall("cu_seqlens_descending", _packed([0, 5, 3]), ValueError, "cu_seqlens", "ascending"),
     BadCall("cu_seqlens_softmax", _packed([0, 5, 10], preset="gau_alpha"), ValueError, "cu_seqlens", "of rows, 9"),
     BadCall("workspace", _set(workspace=-1), ValueError, "workspace", "bytes, 0 or more"),
-    BadCall("backend", _set(backend="gpu"), ValueError, "backend", "'auto', 'cuda', 'triton', 'cpu', 'reference'"),
+    BadCall("backend", _set(backend="gpu"), ValueError, "backend", "'cuda', 'triton', 'cpu', 'torch', 'reference'"),
 )
 
 
@@ -365,7 +365,7 @@ SPEC = OpSpec(
         ("cuda", "cpu", torch.float64): "those of tensor cores",
         ("cuda", "cuda", torch.float64): "those of tensor cores",
     },
-    eager={"cuda": eager, "triton": eager},  # tensor cores take operands of the tensors' dtype
+    eager={"cuda": eager, "triton": eager, "torch": eager},  # products take operands of the tensors' dtype
     differentiable=("q", "k", "v", "gate", "bias"),
     cases=CASES,
     make=make,

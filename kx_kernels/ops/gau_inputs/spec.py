@@ -230,7 +230,7 @@ BAD_CALLS = (
     BadCall("cu_seqlens_rank", _packed(torch.zeros(1, 2).int()), ValueError, "cu_seqlens", r"shape \[N \+ 1\]"),
     BadCall("cu_seqlens_large", _packed([0, 8]), ValueError, "cu_seqlens", "the number of rows, 7"),
     BadCall("cu_seqlens_descending", _packed([0, 5, 3]), ValueError, "cu_seqlens", "ascending"),
-    BadCall("backend", _set(backend="gpu"), ValueError, "backend", "'auto', 'cuda', 'triton', 'cpu', 'reference'"),
+    BadCall("backend", _set(backend="gpu"), ValueError, "backend", "'cuda', 'triton', 'cpu', 'torch', 'reference'"),
 )
 
 

@@ -268,7 +268,7 @@ BAD_CALLS = (
     BadCall(
         "state_z_unused", _set(initial_state=_state(2, 2, 16, 16), normalize=False), ValueError, _STATE, "no z, as"
     ),
-    BadCall("backend", _set(backend="gpu"), ValueError, "backend", "'auto', 'cuda', 'triton', 'cpu', 'reference'"),
+    BadCall("backend", _set(backend="gpu"), ValueError, "backend", "'cuda', 'triton', 'cpu', 'torch', 'reference'"),
 )
 
 

@@ -254,7 +254,7 @@ BAD_CALLS = (
     BadCall("cu_seqlens_dtype", _packed(torch.zeros(2)), TypeError, "cu_seqlens", "dtype int32"),
     BadCall("cu_seqlens_large", _packed([0, 5, 41]), ValueError, "cu_seqlens", "the number of rows, 40"),
     BadCall("cu_seqlens_descending", _packed([0, 5, 3]), ValueError, "cu_seqlens", "ascending"),
-    BadCall("backend", _set(backend="gpu"), ValueError, "backend", "'auto', 'cuda', 'triton', 'cpu', 'reference'"),
+    BadCall("backend", _set(backend="gpu"), ValueError, "backend", "'cuda', 'triton', 'cpu', 'torch', 'reference'"),
 )
 
 

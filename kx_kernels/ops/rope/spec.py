@@ -229,7 +229,7 @@ BAD_CALLS = (
         "offset",
         "0, as positions",
     ),
-    BadCall("backend", _set(backend="gpu"), ValueError, "backend", "'auto', 'cuda', 'triton', 'cpu', 'reference'"),
+    BadCall("backend", _set(backend="gpu"), ValueError, "backend", "'cuda', 'triton', 'cpu', 'torch', 'reference'"),
     BadCall("inplace_leaf", _leaf, ValueError, "q", "not a leaf"),
     BadCall(
         "inplace_expanded",
