@@ -284,6 +284,7 @@ OURS = ("kx cuda", "kx triton")  # on a GPU
 LIMIT = "dst.copy_(src)"
 UNIT = "B"  # of a case's work
 HOST_GRADIENTS = False  # a step has none
+HOST: dict[str, object] = {}  # host times are of the last case
 PACKAGES = ("flash-linear-attention", "pytorch-fast-transformers", "performer-pytorch")
 
 

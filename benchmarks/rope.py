@@ -241,6 +241,7 @@ CONTENDERS = [
 LIMIT = "dst.copy_(src)"
 UNIT = "B"  # of a case's work
 HOST_GRADIENTS = True
+HOST: dict[str, object] = {}  # host times are of the last case
 PACKAGES = ("transformers", "flash-attn", "liger-kernel", "flash-linear-attention", "rotary-embedding-torch")
 
 

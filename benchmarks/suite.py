@@ -16,7 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,7 +143,7 @@ def timings(
 
 def host_times(op: Any, device: str, quick: bool) -> list[dict[str, Any]]:
     """Time until a call on one token returns, without and with a gradient to come."""
-    case = op.cases(device)[-1]
+    case = replace(op.cases(device)[-1], **op.HOST)
     inputs = op.Inputs(case, device)
     mine = [
         c for c in entered(op.contenders(case), not quick) if c.kind in ("ours", "torch") and "in place" not in c.name
