@@ -106,3 +106,17 @@ def test_auto_takes_it_for_bfloat16_where_there_are_instructions(
     if first == "torch":
         a, b = (kx.gau_attention(**call, backend=name) for name in (None, "torch"))
         assert same_bits(a, b)
+
+
+@pytest.mark.parametrize("keys", [70, 90])
+def test_a_block_that_asks_for_it_turns_queries_as_well(keys: int) -> None:
+    call = make(replace(LONG, rope="half", keys=keys), torch.float32, torch.device("cpu"), 0)
+    expected = kx.gau_attention(**call, backend="torch")
+    with kx.backend("torch"):
+        assert same_bits(kx.gau_attention(**call), expected)
+
+
+def test_operators_without_it_say_so() -> None:
+    cos, sin = kx.rope_tables(4, 8)
+    with pytest.raises(kx.UnsupportedError, match=r"torch: this operator has none(.|\n)*cpu: can serve"):
+        kx.rope(torch.randn(1, 4, 1, 8), None, cos, sin, backend="torch")

@@ -87,5 +87,8 @@ def choose(op: str, backends: Sequence[Backend], name: str, problem: Any) -> Bac
     for candidate in _in_order(backends, problem):
         if name in (AUTO, candidate.name) and _reason(candidate, problem) is None:
             return candidate
-    reasons = "\n".join(f"  {n}: {why or 'can serve'}" for n, why in survey(backends, problem))
+    found = survey(backends, problem)
+    if name not in (AUTO, *(n for n, _ in found)):
+        found.insert(0, (name, "this operator has none"))
+    reasons = "\n".join(f"  {n}: {why or 'can serve'}" for n, why in found)
     raise UnsupportedError(f"{op}: backend {name!r} cannot serve this call\n{reasons}")

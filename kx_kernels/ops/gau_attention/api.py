@@ -86,13 +86,14 @@ def gau_attention(
         workspace: bytes that scores may take at a time on a GPU, where they leave the chip. Less makes more passes, but
             what one takes at least is taken in any case: forward 128 rows of scores of one head; backward with Triton
             one block of keys or queries, with CUDA 128 keys for the rows of all heads, 2·B·n_q·H·128 numbers. Beside
-            it is what is linear in n: gradients of rows [B, n_q, H, e], and sums. On a CPU it has no effect: threads
+            it is what is linear in n: gradients of rows [B, n_q, H, e], and sums. In C++ it has no effect: threads
             hold a few blocks each.
         backend: "auto", "cuda", "triton", "cpu", "torch" or "reference"; None takes the choice of `kx_kernels.backend`.
 
     Returns:
         [B, n_q, H, e], of q's dtype. Rows of padding, and rows that see nothing, are 0 and give no gradient. Sums are
-        in float32 (float64 for float64) and an output is rounded once. Differentiable in q, k, v, gate and bias, twice
+        in float32 (float64 for float64) and an output is rounded once; by backend "torch", whose products give bfloat16
+        for bfloat16, before c and the gate as well. Differentiable in q, k, v, gate and bias, twice
         (the second gradient takes n_q × n_k memory); that of relu² at 0 is 0.
 
     Raises:
@@ -338,10 +339,11 @@ def _turned(
             reject(OP, "rope_offset", offset, f"an int, or shape [N] = [{sequences}]")
     else:
         check_int(OP, "rope_offset", offset)
+    by = dispatch.AUTO if dispatch.requested(None) == "torch" else None  # which turns nothing itself
     if q.shape[1] == k.shape[1] and cu_seqlens is cu_seqlens_k:
         if cu_seqlens is None:
-            return rotate(q, k, cos, sin, offset=offset, interleaved=interleaved)
-        turned = rotate(q[0], k[0], cos, sin, offset=offset, cu_seqlens=cu_seqlens, interleaved=interleaved)
+            return rotate(q, k, cos, sin, offset=offset, interleaved=interleaved, backend=by)
+        turned = rotate(q[0], k[0], cos, sin, offset=offset, cu_seqlens=cu_seqlens, interleaved=interleaved, backend=by)
         return turned[0][None], turned[1][None]
     places = _places(q, k, cu_seqlens, cu_seqlens_k)
     by_row = offset
@@ -350,7 +352,7 @@ def _turned(
         if isinstance(offset, Tensor):
             by_row = offset[:, None] if ends is None else offset[_sequence(x, ends)][None]
         positions = (place + by_row).expand(x.shape[:2])
-        out.append(rotate(x, None, cos, sin, positions=positions, interleaved=interleaved))
+        out.append(rotate(x, None, cos, sin, positions=positions, interleaved=interleaved, backend=by))
     return out[0], out[1]
 
 
