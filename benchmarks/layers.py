@@ -79,7 +79,7 @@ class Performer(nn.Module):
         self.features = kx.nn.FavorFeatures(HEAD_DIM, FEATURES)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k = (self.features(x.float()).transpose(1, 2) for x in (q, k))  # exponents
+        q, k = (self.features(x.float()).transpose(1, 2) for x in (q, k))  # exponents, in float32
         q, k = (q - q.amax(-1, keepdim=True)).exp().to(v), (k - k.amax((-2, -1), keepdim=True)).exp().to(v)
         return (q @ (k.mT @ v.transpose(1, 2)) / (q @ k.sum(2)[..., None])).transpose(1, 2)
 
@@ -95,7 +95,7 @@ def nystrom(landmarks: int) -> Mix:
     def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
         small_q, small_k = (x.unflatten(2, (landmarks, -1)).mean(3) for x in (q, k))
-        a = (small_q @ small_k.mT).softmax(-1, torch.float32)  # as is its inverse
+        a = (small_q @ small_k.mT).softmax(-1, torch.float32)  # and so its inverse
         z, eye = a.mT / a.sum(-2).amax(-1)[..., None, None], torch.eye(landmarks, device=q.device)
         for _ in range(6):
             az = a @ z
@@ -466,67 +466,58 @@ def find(level: str, name: str, by: str) -> Part | None:
     return next((p for p in parts() if (p.level, p.name, p.by) == (level, name, by)), None)
 
 
-def defined(level: str, name: str, by: str, width: int, device: str) -> tuple[Part, Compute, Compute] | None:
-    """A part, its function, and what that has to give where kernels are references: the same in ours, with the same
-    weights; of attention, the formula. What torch alone defines is not wrong.
+def results(
+    function: Compute, inputs: Sequence[Tensor], gradient: bool, weights: Sequence[Tensor] = ()
+) -> list[Tensor]:
+    """What a function gives, or the gradients of inputs and weights for one and the same of that: [1, numbers]."""
+    if gradient:
+        grad = torch.randn(inputs[-1].shape, generator=torch.Generator().manual_seed(1)).to(inputs[-1])
+        found = torch.autograd.grad(function(*inputs), [*inputs, *weights], grad)
+    else:
+        with torch.no_grad():
+            found = (function(*inputs),)
+    return [x.reshape(1, -1) for x in found]
+
+
+def furthest(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """The largest difference, each over the largest value."""
+    return max(contest.off(x, y.double()) for x, y in zip(found, exact, strict=True))
+
+
+def _off(level: str, name: str, by: str, width: int, device: str, gradient: bool) -> float:
+    """How far a part is from its definition, which is the reference, with the same weights; of attention, the formula.
+    What torch alone defines is not wrong.
     """
     part, definition = find(level, name, by), find(level, name, "eager" if name == "attention" else "ours")
     if part is None or definition is None:
-        return None
-    function = part.made(width, device)[0]
-    exact = definition.made(width, device)[0] if part.exact is None else part.exact(function, width)
+        return 0.0
+    function, weights = part.made(width, device)
+    exact, its_weights = definition.made(width, device) if part.exact is None else (part.exact(function, width), [])
     if part.exact is None and isinstance(function, nn.Module) and isinstance(exact, nn.Module):
         exact.load_state_dict(function.state_dict())
-    return part, function, exact
+    if by != "ours":  # others may have theirs in another order
+        weights = its_weights = []
+    inputs = part.inputs(width, CHECKED, device, gradient)
+    found = results(function, inputs, gradient, weights)
+    with kx.backend("reference"):
+        return furthest(found, results(exact, inputs, gradient, its_weights))
 
 
 @functools.cache
 def outputs_off(level: str, name: str, by: str, width: int, device: str) -> float:
     """How far the result of a part is from its definition's, over the largest value."""
-    found = defined(level, name, by, width, device)
-    if found is None:
-        return 0.0
-    part, function, exact = found
-    inputs = part.inputs(width, CHECKED, device)
-    with torch.no_grad():
-        out = function(*inputs)
-        with kx.backend("reference"):
-            return contest.off(out, exact(*inputs).double())
+    return _off(level, name, by, width, device, gradient=False)
 
 
 @functools.cache
 def gradients_off(level: str, name: str, by: str, width: int, device: str) -> float:
-    """How far gradients of inputs are from the definition's, and of what our kernels serve those of weights."""
-    found = defined(level, name, by, width, device)
-    if found is None:
-        return 0.0
-    part, function, exact = found
-    inputs = part.inputs(width, CHECKED, device, gradient=True)
-    weights: list[Tensor] = []
-    if by == "ours":
-        function, weights = part.made(width, device)
-        exact = function
-
-    grad = torch.randn(inputs[-1].shape, generator=torch.Generator().manual_seed(1)).to(inputs[-1])
-
-    def gradients(of: Compute) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(of(*inputs), [*inputs, *weights], grad)
-
-    mine = gradients(function)
-    with kx.backend("reference"):
-        pairs = zip(mine, gradients(exact), strict=True)
-        return max(contest.off(y.reshape(1, -1), z.reshape(1, -1).double()) for y, z in pairs)
+    """How far gradients of inputs are from the definition's, and in ours those of weights, over the largest value."""
+    return _off(level, name, by, width, device, gradient=True)
 
 
 def compiled_off(function: Any, inputs: Sequence[Tensor], gradient: bool) -> float:
     """How far what is compiled is from what it was compiled of: its result, or gradients of inputs."""
-    as_written = contest.original(function)
-    if gradient:
-        grad = torch.randn(inputs[-1].shape, generator=torch.Generator().manual_seed(1)).to(inputs[-1])
-        pairs = [torch.autograd.grad(f(*inputs), inputs, grad) for f in (function, as_written)]
-        return max(contest.off(y, z.double()) for y, z in zip(*pairs, strict=True))
-    with torch.no_grad():
-        return contest.off(function(*inputs), as_written(*inputs).double())
+    return furthest(results(function, inputs, gradient), results(contest.original(function), inputs, gradient))
 
 
 def call(part: Part, width: int, length: int, what: str, device: str) -> Callable[[int], object]:

@@ -15,6 +15,7 @@ import kx_kernels as kx
 from kx_kernels._core.spec import Call
 from kx_kernels.ops.gau_attention import _torch, api
 from kx_kernels.ops.gau_attention.spec import SPEC, GauCase, make
+from kx_kernels.testing import comparison
 from kx_kernels.testing.budget import assert_within_budget
 from kx_kernels.testing.comparison import exact_and_eager, neighbours
 from kx_kernels.testing.poison import poisoned_allocation, same_bits
@@ -30,12 +31,7 @@ PANELS = {
 }
 
 
-def values_and_gradients(function: Any, call: Call) -> list[Tensor]:
-    names = [n for n in SPEC.differentiable if n in call]
-    leaves = [call[n].detach().requires_grad_() for n in names]
-    out = function(**call | dict(zip(names, leaves, strict=True)))
-    weights = torch.linspace(-1, 2, out.numel(), dtype=torch.float64).reshape(out.shape).to(out.dtype)
-    return [out.detach(), *torch.autograd.grad(out, leaves, weights)]
+values_and_gradients = functools.partial(comparison.values_and_gradients, SPEC)
 
 
 def by_torch(call: Call, **how: Any) -> list[Tensor]:

@@ -17,6 +17,7 @@ import kx_kernels as kx
 from kx_kernels._core.spec import Call
 from kx_kernels.ops.mixed_chunk_attention import _triton, api
 from kx_kernels.ops.mixed_chunk_attention.spec import SPEC, MixedCase, make
+from kx_kernels.testing import comparison
 from kx_kernels.testing.budget import assert_within_budget
 from kx_kernels.testing.comparison import exact_and_eager, neighbours
 from kx_kernels.testing.metering import Meter, metered
@@ -51,12 +52,7 @@ def small_tiles() -> Iterator[None]:
         yield
 
 
-def values_and_gradients(function: Any, call: Call) -> list[Tensor]:
-    names = [n for n in SPEC.differentiable if n in call]
-    leaves = [call[n].detach().requires_grad_() for n in names]
-    out = function(**call | dict(zip(names, leaves, strict=True)))
-    weights = torch.linspace(-1, 2, out.numel(), dtype=torch.float64).reshape(out.shape).to(out.dtype)
-    return [out.detach(), *torch.autograd.grad(out, leaves, weights)]
+values_and_gradients = functools.partial(comparison.values_and_gradients, SPEC)
 
 
 def by_triton(call: Call) -> list[Tensor]:
