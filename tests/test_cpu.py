@@ -43,7 +43,7 @@ def fingerprint(isa: str) -> list[str]:
     return result.stdout.split()
 
 
-@pytest.mark.skipif(ISA != "avx512", reason="needs AVX-512 to compare AVX2 with")
+@pytest.mark.skipif(ISA not in ("avx512", "avx512_bf16"), reason="needs AVX-512 to compare AVX2 with")
 def test_avx2_gives_the_bits_of_avx512() -> None:
     name, digest = fingerprint("avx512")
     assert name == "avx512"
@@ -51,10 +51,12 @@ def test_avx2_gives_the_bits_of_avx512() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", ["portable", "avx2"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_narrower_instruction_sets_meet_the_contract(isa: str) -> None:
-    """Vectors are shorter, and portable code rounds products before it adds them: held to the budget, not to bits."""
-    isas = ("portable", "avx2", "avx512")
+    """Vectors are shorter, products of bfloat16 are in float32, and portable code rounds products before it adds them:
+    held to the budget, not to bits.
+    """
+    isas = ("portable", "avx2", "avx512", "avx512_bf16")
     if ISA is None or isas.index(isa) >= isas.index(ISA):
         pytest.skip(f"{ISA} is what the contract runs on")
     which = "cpu-cpu and (within_budget or strides)"

@@ -89,14 +89,14 @@ def test_batch_mates_change_nothing(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("queries", [1, 1000])
-@pytest.mark.parametrize("multiplies", [True, False])
-def test_auto_takes_it_for_bfloat16_where_there_are_instructions(
-    dtype: torch.dtype, queries: int, multiplies: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("amx", [True, False])
+def test_auto_takes_it_for_bfloat16_where_there_is_amx(
+    dtype: torch.dtype, queries: int, amx: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_torch, "multiplies_bfloat16", lambda: multiplies)
+    monkeypatch.setattr(_torch, "has_amx", lambda: amx)
     call = make(replace(LONG, queries=queries, keys=1000), dtype, torch.device("cpu"), 0)
     first = next(name for name, why in api.survey(**call) if why is None)
-    assert (first == "torch") == (multiplies and queries == 1000 and dtype == torch.bfloat16)
+    assert (first == "torch") == (amx and queries == 1000 and dtype == torch.bfloat16)
     table = kx.explain(kx.gau_attention, **call)
     assert f"{first:<9}  serves this call" in table
     if first == "torch":

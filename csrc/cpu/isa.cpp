@@ -15,9 +15,13 @@ namespace {
 Isa detect() {
 #ifdef KX_HAS_avx512
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-      allows("avx512")) {
-    return Isa::kAvx512;
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    if (__builtin_cpu_supports("avx512bf16") && allows("avx512_bf16")) {
+      return Isa::kAvx512Bf16;
+    }
+    if (allows("avx512")) {
+      return Isa::kAvx512;
+    }
   }
 #endif
 #ifdef KX_HAS_avx2
@@ -38,6 +42,8 @@ Isa isa() {
 
 const char* isa_name() {
   switch (isa()) {
+    case Isa::kAvx512Bf16:
+      return "avx512_bf16";
     case Isa::kAvx512:
       return "avx512";
     case Isa::kAvx2:

@@ -5,11 +5,12 @@
 
 namespace kx {
 
-enum class Isa { kPortable, kAvx2, kAvx512 };
+enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
 
-// The widest instruction set that this machine runs, or the one that KX_CPU_ISA names if it runs that.
+// The widest instruction set that this machine runs, or the one that KX_CPU_ISA names if it runs that. kAvx512Bf16 is
+// kAvx512 where products of bfloat16 have instructions of their own (pairs.h), in one namespace.
 Isa isa();
-const char* isa_name();  // "portable", "avx2" or "avx512", of isa()
+const char* isa_name();  // "portable", "avx2", "avx512" or "avx512_bf16", of isa()
 
 }  // namespace kx
 
@@ -33,6 +34,7 @@ const char* isa_name();  // "portable", "avx2" or "avx512", of isa()
 #ifdef KX_HAS_avx512
 #define KX_CASE_AVX512(function, ...) \
   case ::kx::Isa::kAvx512:            \
+  case ::kx::Isa::kAvx512Bf16:        \
     return avx512::function(__VA_ARGS__);
 #else
 #define KX_CASE_AVX512(function, ...)

@@ -17,6 +17,8 @@ namespace kx {
 // with all rows, swizzled; whoever writes it calls fence_proxy_async() before the barrier that readers wait at.
 template <class E, int kRows, int kColumns, int kSwizzle = 0>
 struct Tile {
+  using Element = E;
+  static constexpr int kHeight = kRows;
   static constexpr int kPanel = kSwizzle == 0 ? kColumns : kSwizzle / static_cast<int>(sizeof(E));
   static constexpr int kStride = kSwizzle == 0 ? kColumns + 16 / static_cast<int>(sizeof(E)) : kPanel;
   static_assert(kColumns % kPanel == 0, "whole panels");

@@ -2,6 +2,7 @@
 // operands come from, and what happens to each on its way to memory.
 #pragma once
 
+#include "../cuda/boxes.cuh"
 #include "../cuda/rows.cuh"
 #include "problem.h"
 
@@ -12,13 +13,15 @@ constexpr int kTile = kCudaTile;       // rows of a tile, queries or keys
 constexpr int kDiagonals = 2 * kTile;  // of a tile of scores, and one more
 
 // How a kernel is laid out: a block makes kTile × kColumns numbers, from operands that lie in kStages places in turn.
-template <class T_, int kColumns_, bool kWgmma_>
+// kTma: the copy engine brings them, and no thread does.
+template <class T_, int kColumns_, bool kWgmma_, bool kTma_ = false>
 struct Form {
   using T = T_;
   using E = typename Products<T>::Operand;
   static constexpr int kColumns = kColumns_;
-  static constexpr bool kWgmma = kWgmma_;
-  static constexpr int kStages = kWgmma ? 3 : 2;
+  static constexpr bool kWgmma = kWgmma_, kTma = kTma_;
+  static_assert(kWgmma || !kTma, "tiles that the copy engine writes are swizzled");
+  static constexpr int kStages = kTma ? 4 : kWgmma ? 3 : 2;
   static constexpr int kDepth = 128 / sizeof(E);  // of a product, taken at a time
   static constexpr int kSwizzle = kWgmma ? 128 : 0;
   static constexpr int kN = kColumns / 8;  // tiles of mma.sync that a warp has beside each other
@@ -48,6 +51,7 @@ struct Shared {
   };
   float scale[kTile], bias_scale[kTile], own[kTile];  // of rows; own: of what the kernel needs besides
   bool keep_query[kTile], keep_key[kTile];
+  Mbarrier there[F::kTma ? F::kStages : 1], free[F::kTma ? F::kStages : 1];  // operands of a stage; a stage for others
 };
 
 // A sequence, or at `first` up to kTile queries of it.
@@ -110,6 +114,23 @@ __device__ __forceinline__ Rows<T> keys_of(const Problem& p, const View& x, cons
   return rows_of<T>(x, s, s.key_row, kv_head, s.keys, columns, p.key_mask, p.key_mask_stride);
 }
 
+// What products take scores from: rows of queries and keys, and backward of G and values.
+template <class Q, class K, class G, class V>
+struct ScoreOperands {
+  Q q;
+  K k;
+  G g;
+  V v;
+};
+template <class Q, class K, class G, class V>
+ScoreOperands(Q, K, G, V) -> ScoreOperands<Q, K, G, V>;
+template <class T>
+__device__ __forceinline__ auto score_operands(const Problem& p, const Sequence& s, int head,
+                                               const Rows<typename Products<T>::Operand>& g) {
+  return ScoreOperands{queries_of<T>(p, p.q, s, head, p.key_dim), keys_of<T>(p, p.k, s, head, p.key_dim), g,
+                       keys_of<T>(p, p.v, s, head, p.value_dim)};
+}
+
 // Of a workspace [B, n_q, heads, pitch]: rows of queries of a sequence.
 template <class E>
 __device__ __forceinline__ Rows<E> own_rows(const Problem& p, const void* data, int64_t pitch, const Sequence& s,
@@ -128,7 +149,18 @@ class Block {
   static constexpr int kStaged = std::extent_v<decltype(Shared<F>::staged), 1> - 4;  // columns that are staged at once
 
   __device__ __forceinline__ explicit Block(Shared<F>& shared)
-      : shared(shared), thread(unknown(static_cast<int>(threadIdx.x))), warp(thread / 32) {}
+      : shared(shared), thread(unknown(static_cast<int>(threadIdx.x))), warp(thread / 32) {
+    if constexpr (F::kTma) {
+      if (thread == 0) {
+        for (int i = 0; i < F::kStages; ++i) {
+          shared.there[i].init(1);
+          shared.free[i].init(kWarps);
+        }
+        fence_mbarriers();
+      }
+      __syncthreads();
+    }
+  }
 
   // A barrier that what wgmma reads may have been written before.
   __device__ __forceinline__ static void sync() {
@@ -143,36 +175,20 @@ class Block {
                                        int column) {
     load_tile<T, kThreads>(to, from, row, column, thread);
   }
+  template <int kRows, int kColumns, int kSwizzle>
+  __device__ __forceinline__ void load(Tile<E, kRows, kColumns, kSwizzle>& to, const Boxes& from, int row, int column) {
+    load_boxes(to, from, row, column, shared.there[asked_ % F::kStages]);
+  }
 
   // d += a · b over `steps` times kDepth. fetch(stage, step) loads the operands of a step, seen(stage) is called while
   // they are there.
   template <bool kTurnedA, bool kTurnedB, class Fetch, class Seen>
   __device__ __forceinline__ void accumulate(float (&d)[kN][4], int steps, Fetch&& fetch, Seen&& seen) {
-    for (int step = 0; step < F::kStages - 1; ++step) {
-      if (step < steps) {
-        fetch(shared.stages[step], step);
-      }
-      commit_copies();
+    if constexpr (F::kTma) {
+      accumulate_boxes<kTurnedA, kTurnedB>(d, steps, fetch, seen);
+    } else {
+      accumulate_copies<kTurnedA, kTurnedB>(d, steps, fetch, seen);
     }
-    for (int step = 0; step < steps; ++step) {
-      wait_copies<F::kStages - 2>();
-      sync();
-      Stage<F>& stage = shared.stages[step % F::kStages];
-      const auto fetch_next = [&] {
-        const int next = step + F::kStages - 1;
-        if (next < steps) {
-          fetch(shared.stages[next % F::kStages], next);
-        }
-        commit_copies();
-      };
-      if constexpr (kTurnedA) {
-        multiply<T, true, kTurnedB>(d, stage.turned_a, 16 * warp, b<kTurnedB>(stage), 0, F::kDepth, fetch_next);
-      } else {
-        multiply<T, false, kTurnedB>(d, stage.a, 16 * warp, b<kTurnedB>(stage), 0, F::kDepth, fetch_next);
-      }
-      seen(stage);
-    }
-    __syncthreads();
   }
   template <bool kTurnedA, bool kTurnedB, class Fetch>
   __device__ __forceinline__ void accumulate(float (&d)[kN][4], int steps, Fetch&& fetch) {
@@ -237,6 +253,91 @@ class Block {
   const int thread, warp;
 
  private:
+  // accumulate, of what all threads copy.
+  template <bool kTurnedA, bool kTurnedB, class Fetch, class Seen>
+  __device__ __forceinline__ void accumulate_copies(float (&d)[kN][4], int steps, Fetch&& fetch, Seen&& seen) {
+    for (int step = 0; step < F::kStages - 1; ++step) {
+      if (step < steps) {
+        fetch(shared.stages[step], step);
+      }
+      commit_copies();
+    }
+    for (int step = 0; step < steps; ++step) {
+      wait_copies<F::kStages - 2>();
+      sync();
+      Stage<F>& stage = shared.stages[step % F::kStages];
+      const auto fetch_next = [&] {
+        const int next = step + F::kStages - 1;
+        if (next < steps) {
+          fetch(shared.stages[next % F::kStages], next);
+        }
+        commit_copies();
+      };
+      if constexpr (kTurnedA) {
+        multiply<T, true, kTurnedB>(d, stage.turned_a, 16 * warp, b<kTurnedB>(stage), 0, F::kDepth, fetch_next);
+      } else {
+        multiply<T, false, kTurnedB>(d, stage.a, 16 * warp, b<kTurnedB>(stage), 0, F::kDepth, fetch_next);
+      }
+      seen(stage);
+    }
+    __syncthreads();
+  }
+
+  // accumulate, of what thread 0 asks the copy engine for. A product goes on while the next one is begun; its stage is
+  // free when each warp is through with it.
+  template <bool kTurnedA, bool kTurnedB, class Fetch, class Seen>
+  __device__ __forceinline__ void accumulate_boxes(float (&d)[kN][4], int steps, Fetch&& fetch, Seen&& seen) {
+    const auto ask = [&](int step) {
+      if (step < steps) {
+        if (thread == 0) {
+          const int at = asked_ % F::kStages, round = asked_ / F::kStages;
+          if (round > 0) {
+            shared.free[at].wait((round - 1) % 2);
+          }
+          shared.there[at].arrive_and_expect(sizeof(typename F::A) + sizeof(typename F::B));
+          fetch(shared.stages[at], step);
+        }
+        __syncwarp();
+        ++asked_;
+      }
+    };
+    const auto release = [&](int taken) {
+      if (thread % 32 == 0) {
+        shared.free[taken % F::kStages].arrive();
+      }
+    };
+    const int first = asked_;
+    for (int step = 0; step < F::kStages - 1; ++step) {
+      ask(step);
+    }
+    const auto begin = [&](int step) {
+      const int at = (first + step) % F::kStages;
+      Stage<F>& stage = shared.stages[at];
+      shared.there[at].wait((first + step) / F::kStages % 2);
+      if constexpr (kTurnedA) {
+        begin_product<T, true, kTurnedB>(d, stage.turned_a, 16 * warp, b<kTurnedB>(stage), 0, F::kDepth);
+      } else {
+        begin_product<T, false, kTurnedB>(d, stage.a, 16 * warp, b<kTurnedB>(stage), 0, F::kDepth);
+      }
+      seen(stage);
+    };
+    if (steps > 0) {
+      begin(0);
+      ask(F::kStages - 1);
+      for (int step = 1; step < steps; ++step) {
+        begin(step);
+        finish_products<1, true>(d);
+        release(first + step - 1);
+        ask(step + F::kStages - 1);
+      }
+      finish_products<0, true>(d);
+      release(first + steps - 1);
+    }
+    __syncthreads();
+  }
+
+  int asked_ = 0;  // steps whose operands were asked for so far
+
   template <bool kTurned>
   __device__ __forceinline__ static auto& b(Stage<F>& stage) {
     if constexpr (kTurned) {
@@ -297,12 +398,11 @@ __device__ __forceinline__ float factor(const Problem& p, double number, const v
 // P of kTile queries and kTile keys of one head: scores[n][i] becomes of_value(row, f(x)). And backward X, but for the
 // factor a: grads[n][i] becomes f′(x) of_grad(row, G vᵀ), g being rows of G. shared.own of rows are there already.
 // kTurned: Pᵀ and Xᵀ, a row of which is a key's.
-template <class F, bool kBackward, bool kTurned = false, class OfValue, class OfGrad>
+template <class F, bool kBackward, bool kTurned = false, class Operands, class OfValue, class OfGrad>
 __device__ __forceinline__ void score_tile(Block<F>& block, const Problem& p, const Sequence& s, int head, int key,
-                                           const Rows<typename F::E>& g, float (&scores)[F::kN][4],
+                                           const Operands& from, float (&scores)[F::kN][4],
                                            float (&grads)[kBackward ? F::kN : 1][4], OfValue&& of_value,
                                            OfGrad&& of_grad) {
-  using T = typename F::T;
   static_assert(F::kColumns == kTile, "tiles of scores are square");
   Shared<F>& shared = block.shared;
   for (int i = block.thread; i < kTile; i += kThreads) {
@@ -315,19 +415,16 @@ __device__ __forceinline__ void score_tile(Block<F>& block, const Problem& p, co
     shared.bias_scale[i] = keep ? factor(p, p.bias_scale, p.b, s, row) : 0;
   }
 
-  const Rows<T> q = queries_of<T>(p, p.q, s, head, p.key_dim), k = keys_of<T>(p, p.k, s, head, p.key_dim);
-  block.template accumulate<false, false>(scores, ceil_div(static_cast<int>(p.key_dim), F::kDepth),
-                                          [&](Stage<F>& stage, int step) {
-                                            block.load(kTurned ? stage.b : stage.a, q, s.first, step * F::kDepth);
-                                            block.load(kTurned ? stage.a : stage.b, k, key, step * F::kDepth);
-                                          });
+  const auto multiply = [&](float (&d)[F::kN][4], int64_t depth, const auto& of_queries, const auto& of_keys) {
+    block.template accumulate<false, false>(
+        d, ceil_div(static_cast<int>(depth), F::kDepth), [&](Stage<F>& stage, int step) {
+          block.load(kTurned ? stage.b : stage.a, of_queries, s.first, step * F::kDepth);
+          block.load(kTurned ? stage.a : stage.b, of_keys, key, step * F::kDepth);
+        });
+  };
+  multiply(scores, p.key_dim, from.q, from.k);
   if constexpr (kBackward) {
-    const int value_dim = static_cast<int>(p.value_dim);
-    const Rows<T> v = keys_of<T>(p, p.v, s, head, value_dim);
-    block.template accumulate<false, false>(grads, ceil_div(value_dim, F::kDepth), [&](Stage<F>& stage, int step) {
-      block.load(kTurned ? stage.b : stage.a, g, s.first, step * F::kDepth);
-      block.load(kTurned ? stage.a : stage.b, v, key, step * F::kDepth);
-    });
+    multiply(grads, p.value_dim, from.g, from.v);
   }
 
   const float* const bias = p.bias == nullptr ? nullptr

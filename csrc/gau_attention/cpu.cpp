@@ -13,7 +13,7 @@ namespace kx::gau_attention {
 namespace KX_ISA {
 namespace {
 
-template <class T>
+template <class T, bool kPairs>
 void forward(const Problem& p, int threads) {
   using A = compute_t<T>;
   struct Item {
@@ -34,12 +34,13 @@ void forward(const Problem& p, int threads) {
   // Where there are fewer blocks than threads, as in decoding, they share out columns of values: scores are made again
   // for each share, and no bit depends on how many there are.
   const int64_t num_blocks = static_cast<int64_t>(blocks.size());
+  constexpr int kColumns = Worker<T, A, kPairs>::kColumns;
   const int64_t most = (p.value_dim + kColumns - 1) / kColumns;
   const int64_t shares = num_blocks == 0 ? 1 : std::clamp<int64_t>(threads / num_blocks, 1, std::max<int64_t>(1, most));
   const int64_t columns = (most + shares - 1) / shares * kColumns, count = num_blocks * shares;
 #pragma omp parallel num_threads(static_cast<int>(std::clamp<int64_t>(count, 1, threads))) if (threads > 1)
   {
-    Worker<T, A> worker(p, false, rows);
+    Worker<T, A, kPairs> worker(p, false, rows);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < count; ++i) {
       const Item& block = blocks[i / shares];
@@ -66,9 +67,10 @@ void forward(const Problem& p, int threads) {
 
 // Threads take blocks of keys of one head after another. What they add to gradients of queries and bias is added in the
 // order of the keys, however many threads there are: a block of queries waits for the keys before (Turn).
-template <class T>
+template <class T, bool kPairs>
 void backward(const Problem& p, int threads) {
   using A = compute_t<T>;
+  constexpr int kKeys = Worker<T, A, kPairs>::kKeys;
   struct Item {
     int64_t sequence, kv_head, key;
   };
@@ -81,7 +83,7 @@ void backward(const Problem& p, int threads) {
     }
   }
   const int64_t count = static_cast<int64_t>(blocks.size());
-  const int64_t width = Worker<T, A>(p, true).row_width(), rows = p.batch * p.queries * p.heads;
+  const int64_t width = Worker<T, A, kPairs>(p, true).row_width(), rows = p.batch * p.queries * p.heads;
   Buffer<A> grad_q = zeros<A>(static_cast<size_t>((rows + 1) * width));
   const int64_t distances = p.heads * p.distances;
   Buffer<double> grad_bias = zeros<double>(static_cast<size_t>(p.bias != nullptr ? p.num_sequences * distances : 1));
@@ -89,7 +91,7 @@ void backward(const Problem& p, int threads) {
   std::atomic<int64_t> next{0};                           // in order, so that what a block waits for has begun
 #pragma omp parallel num_threads(static_cast<int>(std::clamp<int64_t>(count, 1, threads))) if (threads > 1)
   {
-    Worker<T, A> worker(p, true);
+    Worker<T, A, kPairs> worker(p, true);
     for (int64_t i; (i = next.fetch_add(1)) < count;) {
       const auto [n, kv_head, key] = blocks[i];
       const Sequence s = sequence(p, n);
@@ -119,9 +121,20 @@ void backward(const Problem& p, int threads) {
 }  // namespace
 
 void run(const Problem& p, bool is_backward, int num_threads) {
-  with_float(p.dtype, [&](auto example) {
+  const int threads = std::max(1, num_threads);
+  const auto run_as = [&](auto example, auto pairs) {
     using T = decltype(example);
-    is_backward ? backward<T>(p, std::max(1, num_threads)) : forward<T>(p, std::max(1, num_threads));
+    is_backward ? backward<T, pairs>(p, threads) : forward<T, pairs>(p, threads);
+  };
+  with_float(p.dtype, [&](auto example) {
+#ifdef KX_ISA_avx512
+    if constexpr (std::is_same_v<decltype(example), bfloat16>) {
+      if (multiplies_pairs() && p.bias == nullptr) {  // a bias is float32, and so is its gradient's accuracy
+        return run_as(example, std::true_type{});
+      }
+    }
+#endif
+    run_as(example, std::false_type{});
   });
 }
 

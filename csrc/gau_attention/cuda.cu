@@ -1,5 +1,6 @@
 // Cuts a call into panels that the workspace has room for, and launches their passes.
 #include <algorithm>
+#include <initializer_list>
 
 #include "../common/check.h"
 #include "../cuda/launch.cuh"
@@ -73,6 +74,28 @@ bool with_resident_form(DType dtype, int64_t key_dim, Visit&& visit) {
   }
 }
 
+// visit(the form): that whose operands the copy engine brings, if there is one and it takes all of the tensors.
+template <class F, class Visit>
+void with_tma(std::initializer_list<BoxedTensor> tensors, Visit&& visit) {
+  if constexpr (F::kWgmma) {
+    if (std::all_of(tensors.begin(), tensors.end(), [](const BoxedTensor& x) { return x.readable(); })) {
+      return visit(Form<typename F::T, F::kColumns, true, true>{});
+    }
+  }
+  visit(F{});
+}
+
+BoxedTensor boxed_queries(const Problem& p, const View& x, int64_t columns) {
+  return {x, p.batch, p.queries, p.heads, columns};
+}
+BoxedTensor boxed_keys(const Problem& p, const View& x, int64_t columns) {
+  return {x, p.batch, p.keys, p.kv_heads, columns};
+}
+// Of a workspace [B, rows, heads, pitch].
+BoxedTensor boxed_workspace(void* data, int64_t batch, int64_t rows, int64_t heads, int64_t columns, int64_t pitch) {
+  return {{data, {rows * heads * pitch, heads * pitch, pitch, 1}, true}, batch, rows, heads, columns};
+}
+
 template <class F>
 Launch resident_launch(int64_t clusters, int64_t blocks, Stream stream) {
   KX_CHECK(clusters * blocks < (int64_t{1} << 31), "gau_attention: more blocks than a launch holds");
@@ -109,10 +132,27 @@ void cuda(const Tensors& in, const Tensors& out, const Options& options, const T
   with_forms(p.dtype, p.value_dim, [&](auto square, auto wide) {
     using Square = decltype(square);
     using Wide = decltype(wide);
+    const BoxedTensor q = boxed_queries(p, p.q, p.key_dim), k = boxed_keys(p, p.k, p.key_dim);
+    const BoxedTensor v = boxed_keys(p, p.v, p.value_dim);
+    const BoxedTensor rows = boxed_workspace(scores.data, 1, std::min(room, tasks) * kTile, 1, pass.pitch, pass.pitch);
+    // Values of padding, and of the sequence after, may be NaN: it is threads that leave them out.
+    const bool dense = p.key_mask == nullptr && p.cu_seqlens == nullptr;
     for (pass.first = 0; pass.first < tasks; pass.first += room) {
       pass.tiles = static_cast<int>(std::min(room, tasks - pass.first));
-      start(gau_scores_kernel<Square, false>, pass, pass.tiles * up(keys, kTile), sizeof(Shared<Square>), on);
-      start(gau_out_kernel<Wide>, pass, pass.tiles * up(p.value_dim, Wide::kColumns), sizeof(Shared<Wide>), on);
+      with_tma<Square>({q, k}, [&](auto form) {
+        using F = decltype(form);
+        if constexpr (F::kTma) {
+          pass.maps = {map_of<typename F::A>(q), map_of<typename F::B>(k)};
+        }
+        start(gau_scores_kernel<F, false>, pass, pass.tiles * up(keys, kTile), sizeof(Shared<F>), on);
+      });
+      with_tma<Wide>({rows, dense ? v : BoxedTensor{}}, [&](auto form) {
+        using F = decltype(form);
+        if constexpr (F::kTma) {
+          pass.maps = {map_of<typename F::A>(rows), map_of<typename F::TurnedB>(v)};
+        }
+        start(gau_out_kernel<F>, pass, pass.tiles * up(p.value_dim, F::kColumns), sizeof(Shared<F>), on);
+      });
     }
   });
 }
@@ -226,10 +266,28 @@ void cuda_backward(const Tensors& in, const Tensors& out, const Options& options
       start(gau_fused_queries_kernel<Square>, pass, query_blocks * slices, bytes, on);
       return;
     }
+    const BoxedTensor q = boxed_queries(p, p.q, p.key_dim), k = boxed_keys(p, p.k, p.key_dim);
+    const BoxedTensor v = boxed_keys(p, p.v, p.value_dim);
+    const BoxedTensor g = boxed_workspace(pass.g, p.batch, p.queries, p.heads, p.value_dim, pass.g_pitch);
+    const BoxedTensor scores = boxed_workspace(pass.scores, p.batch, p.queries, p.heads, panel, panel);
     for (pass.first = 0; pass.first == 0 || pass.first < keys; pass.first += panel) {
       pass.last = pass.first + panel >= keys;
-      start(gau_scores_kernel<Square, true>, pass, query_blocks * (panel / kTile), sizeof(Shared<Square>), on);
-      start(gau_values_kernel<Wide>, pass, key_blocks * up(p.value_dim, Wide::kColumns), sizeof(Shared<Wide>), on);
+      with_tma<Square>({q, k, g, v}, [&](auto form) {
+        using F = decltype(form);
+        if constexpr (F::kTma) {
+          pass.maps = {map_of<typename F::A>(q), map_of<typename F::B>(k), map_of<typename F::A>(g),
+                       map_of<typename F::B>(v)};
+        }
+        start(gau_scores_kernel<F, true>, pass, query_blocks * (panel / kTile), sizeof(Shared<F>), on);
+      });
+      // Rows of the sequence after would be added: it is threads that leave them out.
+      with_tma<Wide>({g, packed ? BoxedTensor{} : scores}, [&](auto form) {
+        using F = decltype(form);
+        if constexpr (F::kTma) {
+          pass.maps = {map_of<typename F::TurnedA>(scores), map_of<typename F::TurnedB>(g)};
+        }
+        start(gau_values_kernel<F>, pass, key_blocks * up(p.value_dim, F::kColumns), sizeof(Shared<F>), on);
+      });
       start(gau_rows_kernel<Square>, pass, (query_blocks + key_blocks) * slices, sizeof(Shared<Square>), on);
       if (p.grad_bias != nullptr) {
         start(gau_bias_kernel, pass, up(p.bias_heads * p.distances, kThreads), 0, on);

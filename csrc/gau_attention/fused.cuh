@@ -18,7 +18,7 @@ struct OnChipForm {
   using T = T_;
   using E = typename Products<T>::Operand;
   static constexpr int kColumns = kColumns_;
-  static constexpr bool kWgmma = kWgmma_;
+  static constexpr bool kWgmma = kWgmma_, kTma = false;
   static constexpr int kStages = kWgmma ? 3 : 2;
   static constexpr int kKeys = 128 / sizeof(E);
   static constexpr int kDepth = 128 / sizeof(E);  // of a panel of queries or keys
@@ -363,7 +363,8 @@ __device__ __forceinline__ Weights<F> own_gradients(const Pass& pass, Block<F>& 
       own_rows<typename F::E>(pass.p, pass.g, pass.g_pitch, s, unknown(head), static_cast<int>(pass.p.value_dim));
   float scores[F::kN][4] = {}, grads[F::kN][4] = {};
   score_tile<F, true, kTurned>(
-      block, pass.p, s, head, key, g, scores, grads, [](int, float x) { return x; },
+      block, pass.p, s, head, key, score_operands<typename F::T>(pass.p, s, head, g), scores, grads,
+      [](int, float x) { return x; },
       [&](int i, float x) { return block.shared.scale[i] * (x - block.shared.own[i]); });
   Weights<F> out;
   out.take(grads);
@@ -376,7 +377,8 @@ __device__ __forceinline__ Weights<F> own_scores(const Pass& pass, Block<F>& blo
                                                  int key) {
   float scores[F::kN][4] = {}, none[1][4];
   score_tile<F, false, true>(
-      block, pass.p, s, head, key, {}, scores, none, [](int, float x) { return x; }, [](int, float x) { return x; });
+      block, pass.p, s, head, key, score_operands<typename F::T>(pass.p, s, head, {}), scores, none,
+      [](int, float x) { return x; }, [](int, float x) { return x; });
   Weights<F> out;
   out.take(scores);
   return out;

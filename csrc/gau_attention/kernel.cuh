@@ -15,9 +15,15 @@
 
 namespace kx::gau_attention {
 
+// What the copy engine brings to one launch: both operands of its product, and backward of that of G and values.
+struct Maps {
+  TensorMap a, b, g, v;
+};
+
 // The workspace and what one launch makes of it. Without gaps but for `pitch`.
 struct Pass {
   Problem p;
+  Maps maps;
   void *scores, *grads;  // P and X, of the operands' type: [tiles of rows, heads, kTile, pitch] forward, else
                          // [B, n_q, heads, pitch]
   int64_t pitch;         // elements of a row
@@ -75,10 +81,28 @@ __device__ __forceinline__ float out_factor(const Problem& p, const Sequence& s,
   return factor(p, p.out_scale, p.c, s, row);
 }
 
+// Boxes of a map from (row, head) of a sequence's batch entry on; or where threads copy, what rows() says.
+template <class F, class OrRows>
+__device__ __forceinline__ auto boxes_or(const TensorMap& map, const Sequence& s, int row, int head, OrRows&& rows) {
+  if constexpr (F::kTma) {
+    return Boxes{&map, s.batch, row, head};
+  } else {
+    return rows();
+  }
+}
+// The same of a workspace [B, n_q, heads, pitch].
+template <class F>
+__device__ __forceinline__ auto own_operand(const Pass& pass, const TensorMap& map, const void* data, int64_t pitch,
+                                            const Sequence& s, int head, int columns) {
+  return boxes_or<F>(map, s, s.query_row, head,
+                     [&] { return own_rows<typename F::E>(pass.p, data, pitch, s, head, columns); });
+}
+
 // kTile queries and kTile keys of one head.
 template <class F, bool kBackward>
 __device__ __forceinline__ void make_scores(const Pass& pass, Shared<F>& shared, int id) {
   using E = typename F::E;
+  using T = typename F::T;
   Block<F> block(shared);
   const Problem& p = pass.p;
   const int heads = static_cast<int>(p.heads), key_tiles = ceil_div(pass.keys, kTile);
@@ -94,13 +118,15 @@ __device__ __forceinline__ void make_scores(const Pass& pass, Shared<F>& shared,
   for (int i = block.thread; kBackward && i < kTile; i += kThreads) {
     shared.own[i] = i < count ? pass.shift[(row + i) * heads + head] : 0;
   }
-  Rows<E> g{};
-  if constexpr (kBackward) {
-    g = own_rows<E>(p, pass.g, pass.g_pitch, s, head, static_cast<int>(p.value_dim));
-  }
+  const auto g = own_operand<F>(pass, pass.maps.g, pass.g, pass.g_pitch, s, head, static_cast<int>(p.value_dim));
+  const int kv_head = head / static_cast<int>(p.heads / p.kv_heads);
+  const ScoreOperands from{
+      boxes_or<F>(pass.maps.a, s, s.query_row, head, [&] { return queries_of<T>(p, p.q, s, head, p.key_dim); }),
+      boxes_or<F>(pass.maps.b, s, s.key_row, kv_head, [&] { return keys_of<T>(p, p.k, s, head, p.key_dim); }), g,
+      boxes_or<F>(pass.maps.v, s, s.key_row, kv_head, [&] { return keys_of<T>(p, p.v, s, head, p.value_dim); })};
   float scores[F::kN][4] = {}, grads[kBackward ? F::kN : 1][4] = {};
   score_tile<F, kBackward>(
-      block, p, s, head, key, g, scores, grads, [](int, float x) { return x; },
+      block, p, s, head, key, from, scores, grads, [](int, float x) { return x; },
       [&](int i, float x) { return x - shared.own[i]; });
   if constexpr (!kBackward) {
     write_scores(block, scores, static_cast<E*>(pass.scores) + at * kTile * pass.pitch + key, pass.pitch, kTile, false);
@@ -157,13 +183,16 @@ __device__ __forceinline__ void make_out(const Pass& pass, Shared<F>& shared, in
     return;
   }
   const int first_column = slice * F::kColumns;
-  const Rows<E> scores{static_cast<const E*>(pass.scores) + at * kTile * pass.pitch,
-                       pass.pitch,
-                       1,
-                       true,
-                       kTile,
-                       static_cast<int>(pass.pitch)};
-  const Rows<T> v = keys_of<T>(p, p.v, s, head, p.value_dim);
+  const auto scores = boxes_or<F>(pass.maps.a, Sequence{}, at * kTile, 0, [&] {
+    return Rows<E>{static_cast<const E*>(pass.scores) + at * kTile * pass.pitch,
+                   pass.pitch,
+                   1,
+                   true,
+                   kTile,
+                   static_cast<int>(pass.pitch)};
+  });
+  const auto v = boxes_or<F>(pass.maps.b, s, s.key_row, head / static_cast<int>(p.heads / p.kv_heads),
+                             [&] { return keys_of<T>(p, p.v, s, head, p.value_dim); });
   float d[F::kN][4] = {};
   float sum = 0;  // of half of this thread's row
   block.template accumulate<false, true>(
@@ -208,19 +237,17 @@ __device__ __forceinline__ void prepare_rows(const Pass& pass, int64_t id) {
 }
 
 // kTile keys and kColumns columns of Pᵀ G or Xᵀ q, for all heads that share the keys.
-template <class F, class Right>
+template <class F, class Left, class Right>
 __device__ __forceinline__ void make_key_gradients(const Pass& pass, Shared<F>& shared, const Sequence& s, int kv_head,
-                                                   int key, int slice, const void* left, int64_t columns,
-                                                   const View& grad, Right&& right) {
-  using E = typename F::E;
+                                                   int key, int slice, int64_t columns, const View& grad, Left&& left,
+                                                   Right&& right) {
   Block<F> block(shared);
   const Problem& p = pass.p;
   const int group = static_cast<int>(p.heads / p.kv_heads), head = kv_head * group;
   const int begin = s.first_seeing(p.causal, key), first_column = slice * F::kColumns;
   float d[F::kN][4] = {};
   accumulate_rows(
-      block, d, begin, s.queries - begin, group,
-      [&](int i) { return own_rows<E>(p, left, pass.pitch, s, head + i, pass.keys); },
+      block, d, begin, s.queries - begin, group, [&](int i) { return left(head + i); },
       key - static_cast<int>(pass.first), [&](int i) { return right(head + i); }, first_column);
   write_gradients(block, d, grad, s.batch, static_cast<int64_t>(s.key_row) + key,
                   s.keys - key < kTile ? s.keys - key : kTile, kv_head, first_column, columns,
@@ -250,13 +277,14 @@ __device__ __forceinline__ KeyBlock key_block(const Pass& pass, int slices, int 
 
 template <class F>
 __device__ __forceinline__ void make_value_gradients(const Pass& pass, Shared<F>& shared, int id) {
-  using E = typename F::E;
   const Problem& p = pass.p;
   const int dim = static_cast<int>(p.value_dim);
   const KeyBlock b = key_block(pass, ceil_div(dim, F::kColumns), id);
   if (b.in(pass)) {
-    make_key_gradients<F>(pass, shared, b.s, b.kv_head, b.key, b.slice, pass.scores, dim, p.grad_v,
-                          [&](int head) { return own_rows<E>(p, pass.g, pass.g_pitch, b.s, head, dim); });
+    make_key_gradients(
+        pass, shared, b.s, b.kv_head, b.key, b.slice, dim, p.grad_v,
+        [&](int head) { return own_operand<F>(pass, pass.maps.a, pass.scores, pass.pitch, b.s, head, pass.keys); },
+        [&](int head) { return own_operand<F>(pass, pass.maps.b, pass.g, pass.g_pitch, b.s, head, dim); });
   }
 }
 
@@ -314,8 +342,10 @@ __device__ __forceinline__ void make_row_gradients(const Pass& pass, Shared<F>& 
   }
   const KeyBlock b = key_block(pass, slices, id - of_queries);
   if (b.in(pass)) {
-    make_key_gradients<F>(pass, shared, b.s, b.kv_head, b.key, b.slice, pass.grads, p.key_dim, p.grad_k,
-                          [&](int head) { return queries_of<T>(p, p.q, b.s, head, p.key_dim); });
+    make_key_gradients(
+        pass, shared, b.s, b.kv_head, b.key, b.slice, p.key_dim, p.grad_k,
+        [&](int head) { return own_rows<typename F::E>(p, pass.grads, pass.pitch, b.s, head, pass.keys); },
+        [&](int head) { return queries_of<T>(p, p.q, b.s, head, p.key_dim); });
   }
 }
 

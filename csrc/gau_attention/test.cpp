@@ -25,8 +25,11 @@ void run(int64_t number) {
   emulation::set_wgmma(number % 4 == 2);
   const bool packed = !resident && (tall || draw(random, 0, 2) == 0), causal = toss(random), by_sum = toss(random);
   const int64_t kv_heads = tall ? 1 : draw(random, 1, 2), heads = kv_heads * draw(random, 1, tall ? 1 : 2);
-  const int64_t key_dim = draw(random, tall ? 65 : 1, tall ? 90 : 70);
-  const int64_t value_dim = resident ? draw(random, 129, 600) : draw(random, wide ? 129 : 1, wide ? 270 : 100);
+  // The copy engine reads rows of a multiple of 16 bytes.
+  const int64_t step = number % 4 == 2 && draw(random, 0, 3) != 0 ? 8 : 1;
+  const auto whole = [&](int64_t dim) { return (dim + step - 1) / step * step; };
+  const int64_t key_dim = whole(draw(random, tall ? 65 : 1, tall ? 90 : 70));
+  const int64_t value_dim = whole(resident ? draw(random, 129, 600) : draw(random, wide ? 129 : 1, wide ? 270 : 100));
   const int64_t queries = tall ? draw(random, 140, 150) : draw(random, 0, 140);
   const int64_t keys = packed ? queries : draw(random, 0, resident ? 190 : 140);
   const int64_t batch = packed ? 1 : draw(random, 1, 2);

@@ -11,6 +11,7 @@
 
 #include "../cpu/ahead.h"
 #include "../cpu/gemm.h"
+#include "../cpu/pairs.h"
 #include "../cpu/rows.h"
 #include "../cpu/simd.h"
 #include "problem.h"
@@ -22,8 +23,8 @@ namespace {
 using namespace ::kx::KX_ISA;  // the vectors of this instruction set
 
 constexpr int kQueries = 128;  // rows of a block, at most
-constexpr int kKeys = 64;      // columns of a block
-constexpr int kColumns = 64;   // of values, that a product takes at a time: they stay in the first cache
+constexpr int kKeys = 64;      // columns of a block; twice as many pairs take as much room
+constexpr int kColumns = 64;   // of values, that a product takes at a time, likewise: they stay in the first cache
 
 // Rows of one sequence in memory.
 struct Sequence {
@@ -126,9 +127,12 @@ struct Turn {
 };
 
 // What one thread works with. A is the type that arithmetic is done in; rows are padded with zeros to whole vectors.
-template <class T, class A>
+// With kPairs operands of products are pairs of bfloat16, two in the place of an A (pairs.h).
+template <class T, class A, bool kPairs = false>
 class Worker {
  public:
+  static constexpr int kKeys = (kPairs ? 2 : 1) * KX_ISA::kKeys, kColumns = (kPairs ? 2 : 1) * KX_ISA::kColumns;
+
   Worker(const Problem& p, bool backward, int block_rows = kQueries)
       : p(p), block_rows(block_rows), key_dim(static_cast<int>(p.key_dim)), value_dim(static_cast<int>(p.value_dim)) {
     q = take(kQueries * static_cast<size_t>(kw));
@@ -138,6 +142,17 @@ class Worker {
     wide = take(kQueries * static_cast<size_t>(vw));
     scores = take(static_cast<size_t>(kQueries) * kKeys);
     slice = take(static_cast<size_t>(std::max<int>(kQueries, key_dim)) * kColumns);
+    if (kPairs) {
+      strided.resize(2 * static_cast<size_t>(std::max(key_dim, value_dim)));
+      weights = take(static_cast<size_t>(kQueries) * kKeys / 2);
+    }
+    if (kPairs && backward) {
+      turned = take(static_cast<size_t>(kKeys) * kQueries);
+      turned_weights = take(static_cast<size_t>(kKeys) * kQueries / 2);
+      q_rows = take(static_cast<size_t>(kQueries) / 2 * kw);
+      k_rows = take(static_cast<size_t>(kKeys) / 2 * kw);
+      g_rows = take(static_cast<size_t>(kQueries) / 2 * kColumns);
+    }
     if (backward) {
       slopes = take(static_cast<size_t>(kQueries) * kKeys);
       grad_scores = take(static_cast<size_t>(kQueries) * kKeys);
@@ -162,10 +177,13 @@ class Worker {
       const int from_row = blind_rows(s, first, count, key);
       load_keys(s, head / group(), key, keys);
       score(s, head, first, from_row, count, key, keys, nullptr);
+      if constexpr (kPairs) {
+        pair_scores(from_row, count, keys);
+      }
       for (int i = from_row; i < count && p.by_sum; ++i) {
         sums[i] += total<A>(keys, [&](int j) { return scores[i * kKeys + j]; });
       }
-      if (count == 1) {
+      if (count == 1 && !kPairs) {
         weigh_values(s, head / group(), key, keys, from, to);
       } else {
         const int64_t next = std::min<int64_t>(kKeys, last - key - keys);
@@ -210,7 +228,10 @@ class Worker {
     const int keys = keys_of(s, key);
     load_keys(s, kv_head, key, keys);
     load_values(s, kv_head, key, keys, 0, value_dim);
-    transpose(keys, value_dim, v, vw, v_columns, kKeys);
+    transpose(keys, depth(value_dim), v, vw, v_columns, kKeys);
+    if constexpr (kPairs) {
+      pair_kept(p.k, s.batch, s.key_row + key, kv_head, 0, key_dim, keys, keep_key, k_rows, kw);
+    }
     std::fill_n(grad_v, static_cast<size_t>(keys) * vw, A{0});
     std::fill_n(grad_k, static_cast<size_t>(keys) * kw, A{0});
   }
@@ -229,6 +250,9 @@ class Worker {
         const size_t from = static_cast<size_t>(from_row) * kKeys;
         load_queries(s, head, first, count);
         score(s, head, first, from_row, count, key, keys, slopes);
+        if constexpr (kPairs) {
+          turn_pairs(rows, keys, scores + from);
+        }
         A factors[kQueries], shifts[kQueries] = {};
         for (int i = from_row; i < count; ++i) {
           const int64_t at = s.query_row + first + i;
@@ -240,10 +264,19 @@ class Worker {
           const int columns = std::min(kColumns, value_dim - e);
           load_gradients(s, head, first, from_row, count, e, columns, factors, shifts);
           ask_for_gradients(s, head, first + from_row, rows, e + columns);
-          gemm(rows, keys, columns, slice, kColumns, 1, v_columns + static_cast<size_t>(e) * kKeys, kKeys,
-               grad_scores + from, kKeys, e > 0, Part::kAll, [this] { ahead(); });
-          gemm(keys, columns, rows, scores + from, 1, kKeys, slice, kColumns, grad_v + e, vw, true, Part::kAll,
-               [this] { ahead(); });
+          const A* const values = v_columns + static_cast<size_t>(depth(e)) * kKeys;
+          if constexpr (kPairs) {
+            pair_gradients(rows, columns);
+            gemm_pairs(rows, keys, depth(columns), slice, kColumns, values, kKeys, grad_scores + from, kKeys, e > 0,
+                       [this] { ahead(); });
+            gemm_pairs(keys, columns, depth(rows), turned_weights, kQueries / 2, g_rows, kColumns, grad_v + e, vw, true,
+                       [this] { ahead(); });
+          } else {
+            gemm(rows, keys, columns, slice, kColumns, 1, values, kKeys, grad_scores + from, kKeys, e > 0, Part::kAll,
+                 [this] { ahead(); });
+            gemm(keys, columns, rows, scores + from, 1, kKeys, slice, kColumns, grad_v + e, vw, true, Part::kAll,
+                 [this] { ahead(); });
+          }
         } while ((e += kColumns) < value_dim);
         for (int i = from_row; i < count; ++i) {
           for (int j = 0; j < keys; ++j) {
@@ -262,9 +295,20 @@ class Worker {
             grad_scores[i * kKeys + j] *= a;
           }
         }
-        multiply(keys, key_dim, rows, grad_scores + from, 1, kKeys, q + from_row * kw, kw, grad_k, kw, true);
-        multiply(rows, key_dim, keys, grad_scores + from, kKeys, 1, k, kw,
-                 grad_queries + ((first + from_row) * p.heads + head) * kw, p.heads * kw, true);
+        A* const sums = grad_queries + ((first + from_row) * p.heads + head) * kw;
+        if constexpr (kPairs) {
+          turn_pairs(rows, keys, grad_scores + from);
+          pair_kept(p.q, s.batch, s.query_row + first + from_row, head, 0, key_dim, rows, keep_query + from_row, q_rows,
+                    kw);
+          gemm_pairs(keys, key_dim, depth(rows), turned_weights, kQueries / 2, q_rows, kw, grad_k, kw, true, [] {});
+          for (int i = 0; i < rows; ++i) {
+            pair_neighbours(grad_scores + from + i * kKeys, keys, weights + i * (kKeys / 2));
+          }
+          gemm_pairs(rows, key_dim, depth(keys), weights, kKeys / 2, k_rows, kw, sums, p.heads * kw, true, [] {});
+        } else {
+          multiply(keys, key_dim, rows, grad_scores + from, 1, kKeys, q + from_row * kw, kw, grad_k, kw, true);
+          multiply(rows, key_dim, keys, grad_scores + from, kKeys, 1, k, kw, sums, p.heads * kw, true);
+        }
         turn.pass(tile);
       }
     }
@@ -332,6 +376,55 @@ class Worker {
     return scale(p.out_scale, p.c, s, at);
   }
 
+  // Places that n neighbours along k take in an operand.
+  static int depth(int n) { return kPairs ? (n + 1) / 2 : n; }
+  // P of rows [from_row, count) as products take it, and rounded likewise where it was.
+  void pair_scores(int from_row, int count, int keys) {
+    for (int i = from_row; i < count; ++i) {
+      if (p.by_sum) {
+        round_row(keys, scores + i * kKeys);
+      }
+      pair_neighbours(scores + i * kKeys, keys, weights + i * (kKeys / 2));
+    }
+  }
+  // The transpose of x [rows, keys] as products take it, to `turned_weights`.
+  void turn_pairs(int rows, int keys, const A* x) {
+    transpose(rows, keys, x, kKeys, turned, kQueries);
+    for (int j = 0; j < keys; ++j) {
+      pair_neighbours(turned + j * kQueries, rows, turned_weights + j * (kQueries / 2));
+    }
+  }
+  // g [rows, columns], in `slice`, as both of its products take it: in its place, and to `g_rows`.
+  void pair_gradients(int rows, int columns) {
+    for (int i = 0; i < rows; i += 2) {
+      A* const g = slice + i * kColumns;
+      pair_rows(g, i + 1 < rows ? g + kColumns : nullptr, columns, g_rows + i / 2 * kColumns);
+      for (int l = i; l < std::min(i + 2, rows); ++l) {
+        A copy[kColumns];
+        std::copy_n(slice + l * kColumns, columns, copy);
+        pair_neighbours(copy, columns, slice + l * kColumns);
+      }
+    }
+  }
+  // Columns of `rows` rows of a tensor as the second operand of a product, those that are not kept as zeros.
+  void pair_kept(const View& x, int64_t batch, int64_t at, int64_t head, int column, int n, int rows, const bool* keep,
+                 A* to, int64_t to_row) {
+    const auto row = [&](int j, T* room) {
+      return j < rows && keep[j] ? neighbours(element<const T>(x, batch, at + j, head, column), x.stride[3], n, room)
+                                 : nullptr;
+    };
+    for (int j = 0; j < rows; j += 2) {
+      pair_rows(row(j, strided.data()), row(j + 1, strided.data() + strided.size() / 2), n, to + j / 2 * to_row);
+    }
+  }
+  // n elements of a row that are neighbours: where they lie, or copied to `room`.
+  static const T* neighbours(const T* from, int64_t stride, int n, T* room) {
+    for (int i = 0; i < n && stride != 1; ++i) {
+      room[i] = from[i * stride];
+    }
+    return stride == 1 ? from : room;
+  }
+
   void multiply(int m, int n, int depth, const A* x, int64_t x_row, int64_t x_k, const A* y, int64_t y_row, A* to,
                 int64_t to_row, bool add_to) {
     gemm(m, n, depth, x, x_row, x_k, y, y_row, to, to_row, add_to, Part::kAll, [] {});
@@ -354,9 +447,13 @@ class Worker {
                        int from, int to) {
     for (int e = from; e < to; e += kColumns) {
       const int columns = std::min(kColumns, to - e);
-      for (int j = 0; j < keys; ++j) {
-        load_kept(keep_key[j], element<const T>(p.v, s.batch, s.key_row + key + j, kv_head, e), p.v.stride[3], columns,
-                  slice + j * kColumns);
+      if constexpr (kPairs) {
+        pair_kept(p.v, s.batch, s.key_row + key, kv_head, e, columns, keys, keep_key, slice, kColumns);
+      } else {
+        for (int j = 0; j < keys; ++j) {
+          load_kept(keep_key[j], element<const T>(p.v, s.batch, s.key_row + key + j, kv_head, e), p.v.stride[3],
+                    columns, slice + j * kColumns);
+        }
       }
       ahead.forget();
       if (e + kColumns < to) {
@@ -364,8 +461,14 @@ class Worker {
       } else if (next > 0) {
         ask_for_values(s, kv_head, key + keys, static_cast<int>(next), from, std::min(kColumns, to - from));
       }
-      gemm(count - from_row, columns, keys, scores + from_row * kKeys, kKeys, 1, slice, kColumns,
-           wide + static_cast<size_t>(from_row) * vw + e, vw, true, Part::kAll, [this] { ahead(); });
+      A* const sums = wide + static_cast<size_t>(from_row) * vw + e;
+      if constexpr (kPairs) {
+        gemm_pairs(count - from_row, columns, depth(keys), weights + from_row * (kKeys / 2), kKeys / 2, slice, kColumns,
+                   sums, vw, true, [this] { ahead(); });
+      } else {
+        gemm(count - from_row, columns, keys, scores + from_row * kKeys, kKeys, 1, slice, kColumns, sums, vw, true,
+             Part::kAll, [this] { ahead(); });
+      }
     }
   }
   void ask_for_values(const Sequence& s, int64_t kv_head, int64_t key, int keys, int from, int columns) {
@@ -387,7 +490,7 @@ class Worker {
     for (int i = 0; i < count; ++i) {
       const int64_t at = s.query_row + first + i;
       keep_query[i] = keeps(p.query_mask, p.query_mask_stride, s.batch, at);
-      load_kept(keep_query[i], element<const T>(p.q, s.batch, at, head), p.q.stride[3], key_dim, q + i * kw);
+      load_operand(keep_query[i], element<const T>(p.q, s.batch, at, head), p.q.stride[3], key_dim, q + i * kw);
     }
   }
   void load_keys(const Sequence& s, int64_t head, int64_t key, int keys) {
@@ -396,14 +499,26 @@ class Worker {
       const int64_t at = s.key_row + key + j;
       keep_key[j] = keeps(p.key_mask, p.key_mask_stride, s.batch, at);
       keep_all_keys = keep_all_keys && keep_key[j];
-      load_kept(keep_key[j], element<const T>(p.k, s.batch, at, head), p.k.stride[3], key_dim, k + j * kw);
+      load_operand(keep_key[j], element<const T>(p.k, s.batch, at, head), p.k.stride[3], key_dim, k + j * kw);
     }
-    transpose(keys, key_dim, k, kw, k_columns, kKeys);
+    transpose(keys, depth(key_dim), k, kw, k_columns, kKeys);
   }
   void load_values(const Sequence& s, int64_t head, int64_t key, int keys, int from, int to) {
     for (int j = 0; j < keys; ++j) {
-      load_kept(keep_key[j], element<const T>(p.v, s.batch, s.key_row + key + j, head, from), p.v.stride[3], to - from,
-                v + static_cast<size_t>(j) * vw + from);
+      load_operand(keep_key[j], element<const T>(p.v, s.batch, s.key_row + key + j, head, from), p.v.stride[3],
+                   to - from, v + static_cast<size_t>(j) * vw + from);
+    }
+  }
+  // A row as the first operand of a product.
+  void load_operand(bool kept, const T* from, int64_t stride, int n, A* to) {
+    if constexpr (kPairs) {
+      if (kept) {
+        pair_neighbours(neighbours(from, stride, n, strided.data()), n, to);
+      } else {
+        std::fill_n(to, depth(n), A{0});
+      }
+    } else {
+      load_kept(kept, from, stride, n, to);
     }
   }
   void load_kept(bool kept, const T* from, int64_t stride, int n, A* to) const {
@@ -438,6 +553,9 @@ class Worker {
       const int64_t at = s.query_row + first + i;
       A* const g = slice + (i - from_row) * kColumns;
       load_gradient(s.batch, at, head, from, columns, factors[i], keep_query[i], g);
+      if constexpr (kPairs) {
+        round_row(columns, g);  // what products take: sums of it cancel where a row sees one key
+      }
       if (p.by_sum && keep_query[i]) {
         load_ungated(s.batch, at, head, from, columns);
         shifts[i] += total<A>(columns, [&](int e) { return g[e] * row[e]; });
@@ -490,8 +608,13 @@ class Worker {
   // their slopes likewise.
   void score(const Sequence& s, int64_t head, int64_t first, int from_row, int count, int64_t key, int keys, A* slope) {
     using V = vector_t<A>;
-    multiply(count - from_row, keys, key_dim, q + from_row * kw, kw, 1, k_columns, kKeys, scores + from_row * kKeys,
-             kKeys, false);
+    if constexpr (kPairs) {
+      gemm_pairs(count - from_row, keys, depth(key_dim), q + from_row * kw, kw, k_columns, kKeys,
+                 scores + from_row * kKeys, kKeys, false, [] {});
+    } else {
+      multiply(count - from_row, keys, key_dim, q + from_row * kw, kw, 1, k_columns, kKeys, scores + from_row * kKeys,
+               kKeys, false);
+    }
     const A* const distances = p.bias == nullptr ? nullptr
                                                  : static_cast<const A*>(p.bias) +
                                                        (p.bias_heads > 1 ? head : 0) * p.distances + p.distances / 2;
@@ -551,6 +674,10 @@ class Worker {
   A *scores, *slopes, *grad_scores;  // [kQueries, kKeys]
   A *grad_v, *grad_k;                // [kKeys, vw], [kKeys, kw]
   A* row;                            // [vw]
+  // Pairs: P or X [kQueries, kKeys / 2] and their transpose [kKeys, kQueries / 2]; q, k and g as second operands.
+  A *weights, *turned_weights, *q_rows, *k_rows, *g_rows;
+  A* turned;               // [kKeys, kQueries]
+  std::vector<T> strided;  // two rows of a tensor
   Ahead ahead;
   bool keep_query[kQueries], keep_key[kKeys], keep_all_keys;
   std::vector<Buffer<A>> buffers_;

@@ -128,7 +128,8 @@ __device__ __forceinline__ void make_scores(const Pass& pass, Shared<F>& shared,
     g = gradients_of<E>(pass, s, head);
   }
   float scores[F::kN][4] = {}, grads[kBackward ? F::kN : 1][4] = {};
-  score_tile<F, kBackward>(block, p, s, head, key, g, scores, grads, times_c, times_c);
+  score_tile<F, kBackward>(block, p, s, head, key, score_operands<typename F::T>(p, s, head, g), scores, grads, times_c,
+                           times_c);
   const int64_t row = s.batch * p.queries + s.query_row + s.first;
   const int64_t to = (row * heads + head) * pass.pitch + key;
   write_scores(block, scores, static_cast<E*>(pass.scores) + to, heads * pass.pitch, count, false);

@@ -1,5 +1,5 @@
-"""The same by torch's own matrix products, in panels that stay in the caches: for processors with instructions for
-bfloat16, which these use and the C++ kernel does not. The formulas and their names are those of README.md."""
+"""The same by torch's own matrix products, in panels that stay in the caches: for bfloat16 where there is AMX, which these
+use and the C++ kernel does not. The formulas and their names are those of README.md."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def unsupported(p: GauProblem) -> str | None:
 
 def comes_last(p: GauProblem) -> bool:
     """Whether the C++ kernel is the faster one."""
-    return p.q.dtype != torch.bfloat16 or p.q.shape[1] < FEW or not multiplies_bfloat16()
+    return p.q.dtype != torch.bfloat16 or p.q.shape[1] < FEW or not has_amx()
 
 
 @functools.cache
-def multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions for it."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+def has_amx() -> bool:
+    """Whether this processor multiplies whole tiles of bfloat16."""
+    return torch.cpu._is_amx_tile_supported()
 
 
 def run(p: GauProblem) -> Results:
