@@ -1,5 +1,5 @@
-"""The same by torch's own matrix products, in panels that stay in the caches: for bfloat16 where there is AMX, which these
-use and the C++ kernel does not. The formulas and their names are those of README.md."""
+"""The same by torch's own matrix products, in panels that stay in the caches: for bfloat16 where there is AMX, which
+these use and the C++ kernel does not. The formulas and their names are those of README.md."""
 
 from __future__ import annotations
 
