@@ -50,5 +50,24 @@ void store_row(const A* from, int64_t n, T* to, int64_t stride) {
   }
 }
 
+constexpr int64_t kStreamBytes = int64_t{8} << 20;  // outputs of this size leave the caches before they are read again
+
+// True if stores that bypass the caches pay for a tensor of so many bytes and every vector of its rows is aligned for
+// them, as far as rows are whole vectors.
+template <class T>
+bool can_stream(const T* data, const int64_t* stride, int64_t bytes) {
+  constexpr int64_t kVector = decltype(load(data))::kLanes;
+  return bytes >= kStreamBytes && reinterpret_cast<uintptr_t>(data) % (kVector * sizeof(T)) == 0 && stride[3] == 1 &&
+         std::all_of(stride, stride + 3, [](int64_t step) { return step % kVector == 0; });
+}
+
+// A row of whole vectors past the caches. stream_fence() follows the last of a thread.
+template <class T, class A>
+void stream_row(const A* from, int64_t n, T* to) {
+  for (int64_t i = 0; i < n; i += vector_t<A>::kLanes) {
+    stream(to + i, load(from + i));
+  }
+}
+
 }  // namespace
 }  // namespace kx::KX_ISA

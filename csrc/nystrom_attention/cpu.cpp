@@ -274,9 +274,12 @@ class Worker {
       load_weights(task.head, false);
     }
     const A* const summary = at_head(p.summary, task, value_dim);
+    const bool past_caches = streams(p.o, p.queries * p.heads, value_dim);
     for (int64_t first = task.rows.first; first < task.rows.last; first += kRows) {
       const int count = load_queries(s, task, first);
-      ask_for(p.o, s, task, first, value_dim);
+      if (!past_caches) {
+        ask_for(p.o, s, task, first, value_dim);
+      }
       if (by_queries) {
         for (int i = 0; i < count; ++i) {
           std::copy_n(summary + segment(task, p.of_q, first + i) * value_dim, value_dim,
@@ -294,8 +297,9 @@ class Worker {
         load_around(p.v, s, task, first, count, reach, p.key_mask, p.key_mask_stride, s.all_keys);
         convolve(count, o);
       }
-      store_block(p.o, s, task, first, count, value_dim, vw, o);
+      store_block(p.o, s, task, first, count, value_dim, vw, o, past_caches);
     }
+    stream_fence();
   }
 
   // ---- Backward.
@@ -445,11 +449,17 @@ class Worker {
     if (taps > 0) {
       load_weights(task.head, true);
     }
+    const bool k_past_caches = streams(p.grad_k, p.keys * p.heads, key_dim);
+    const bool v_past_caches = streams(p.grad_v, p.keys * p.heads, value_dim);
     for (int64_t first = task.rows.first; first < task.rows.last; first += kRows) {
       const int count = load_keys(s, task, first);
       load_values(s, task, first, count);
-      ask_for(p.grad_k, s, task, first, key_dim);
-      ask_for(p.grad_v, s, task, first, value_dim);
+      if (!k_past_caches) {
+        ask_for(p.grad_k, s, task, first, key_dim);
+      }
+      if (!v_past_caches) {
+        ask_for(p.grad_v, s, task, first, value_dim);
+      }
       if (by_keys) {
         for (int t = 0; t < count; ++t) {
           const int64_t i = segment(task, p.of_k, first + t);
@@ -480,9 +490,10 @@ class Worker {
       if (has_landmarks) {
         add_shares(task, p.of_k, first, count, grad_landmarks, q);
       }
-      store_block(p.grad_k, s, task, first, count, key_dim, kw, q);
-      store_block(p.grad_v, s, task, first, count, value_dim, vw, o);
+      store_block(p.grad_k, s, task, first, count, key_dim, kw, q, k_past_caches);
+      store_block(p.grad_v, s, task, first, count, value_dim, vw, o, v_past_caches);
     }
+    stream_fence();
   }
 
   // Rows of x outside `kept`, of one head of one sequence, are 0.
@@ -640,15 +651,25 @@ class Worker {
     return std::all_of(keep, keep + count, [](bool x) { return x; });
   }
 
+  // Whether rows of x, so many of every batch entry, are stored past the caches.
+  bool streams(const View& x, int64_t rows, int dim) const {
+    return dim % kLanes == 0 &&
+           can_stream(static_cast<const T*>(x.data), x.stride, p.batch * rows * dim * static_cast<int64_t>(sizeof(T)));
+  }
   // Rows [count, width] of a block to x, 0 where they are padding.
   void store_block(const View& x, const Sequence& s, const Task& task, int64_t first, int count, int dim, int width,
-                   A* rows) {
+                   A* rows, bool past_caches = false) {
     for (int i = 0; i < count; ++i) {
       A* const from = rows + static_cast<size_t>(i) * width;
       if (!keep[i]) {
         std::fill_n(from, dim, A{0});
       }
-      store_row(from, dim, element<T>(x, s.batch, first + i, task.head), x.stride[3]);
+      T* const to = element<T>(x, s.batch, first + i, task.head);
+      if (past_caches) {
+        stream_row(from, dim, to);
+      } else {
+        store_row(from, dim, to, x.stride[3]);
+      }
     }
   }
   void clear(const View& x, const Sequence& s, const Task& head, Range rows, int dim) {

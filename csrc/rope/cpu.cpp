@@ -18,7 +18,6 @@ constexpr int kTokens = 64;                         // tokens whose angles are h
 constexpr int64_t kChunk = 256;                     // dimensions whose angles are held at a time, at most
 constexpr int64_t kAngles = 8192;                   // angles held at a time: they share the first cache with the rows
 constexpr int64_t kGrain = 16384;                   // elements worth a thread of their own
-constexpr int64_t kStreamBytes = int64_t{8} << 20;  // outputs of this size leave the caches before they are read again
 
 // The angles of up to kChunk dimensions of one token, in the layout that the pairing multiplies them in.
 // half-split:  c[i] = cos_i, s[i] = sin_i;   interleaved: c = cos_0 cos_0 cos_1 …, s = −sin_0 sin_0 −sin_1 …
@@ -217,22 +216,16 @@ void rotate_tokens(const Problem& p, int64_t b, int64_t t, int64_t n, compute_t<
 
 // True if stores that bypass the caches pay and every vector of every row is aligned for them.
 template <class T>
-bool can_stream(const Problem& p) {
+bool streams_out(const Problem& p) {
   constexpr int64_t kVector = decltype(load(static_cast<const T*>(nullptr)))::kLanes;
   int64_t bytes = 0;
   for (int i = 0; i < p.num_operands; ++i) {
-    const Operand& x = p.x[i];
-    bytes += p.batch * p.length * x.heads * 2 * p.half * static_cast<int64_t>(sizeof(T));
-    const auto address = reinterpret_cast<uintptr_t>(x.out) + p.start * sizeof(T);
-    bool aligned = x.in != x.out && x.out_stride[3] == 1 && address % (kVector * sizeof(T)) == 0;
-    for (int d = 0; d < 3; ++d) {
-      aligned = aligned && x.out_stride[d] % kVector == 0;
-    }
-    if (!aligned) {
-      return false;
-    }
+    bytes += p.batch * p.length * p.x[i].heads * 2 * p.half * static_cast<int64_t>(sizeof(T));
   }
-  return bytes >= kStreamBytes && (p.interleaved || p.half % kVector == 0);
+  const bool aligned = std::all_of(p.x, p.x + p.num_operands, [&](const Operand& x) {
+    return x.in != x.out && can_stream(static_cast<const T*>(x.out) + p.start, x.out_stride, bytes);
+  });
+  return aligned && (p.interleaved || p.half % kVector == 0);
 }
 
 template <bool kStream, class T>
@@ -260,7 +253,7 @@ void rotate(const Problem& p, int num_threads) {
   }
   const int64_t wanted = (elements + kGrain - 1) / kGrain;
   const int threads = static_cast<int>(wanted < num_threads ? wanted : num_threads);
-  const bool streams = can_stream<T>(p);
+  const bool streams = streams_out<T>(p);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
