@@ -5,7 +5,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
+#include <memory>
+#include <numeric>
 
 #include "../common/check.h"
 #include "../cpu/ahead.h"
@@ -190,8 +193,8 @@ class Worker {
   // These, and what every landmark of queries sees of the task's rows.
   void pass_keys(const Task& task, KeySums<A>& sums, int64_t part) { meet_keys(task, &sums, part); }
 
-  // Y and the norms of rows of B, of parts [begin, end) of the keys.
-  void combine(const Task& head, const KeySums<A>& of_parts, int64_t begin, int64_t end) {
+  // Y and the norms of rows of B.
+  void combine(const Task& head, const KeySums<A>& of_parts) {
     const Sequence& s = all[head.sequence];
     A* const summary = at_head(p.summary, head, value_dim);
     A* const norms = at_head(p.norms, head, 2);
@@ -203,11 +206,11 @@ class Worker {
     const A* const divisors = static_cast<const A*>(p.of_q.divisors) + head.sequence * m;
     for (int i = 0; i < m; ++i) {
       A top = -std::numeric_limits<A>::infinity(), sum = 0;
-      for (int64_t part = begin; part < end; ++part) {
+      for (int64_t part = 0; part < of_parts.parts; ++part) {
         top = std::max(top, of_parts.highest_of(part)[i]);
       }
       const auto factor = [&](int64_t part) { return std::exp(of_parts.highest_of(part)[i] - top); };
-      for (int64_t part = begin; part < end; ++part) {
+      for (int64_t part = 0; part < of_parts.parts; ++part) {
         sum += factor(part) * of_parts.weights_of(part)[i];
       }
       if (divisors[i] == 0) {  // a dead landmark sees padding as well
@@ -215,7 +218,7 @@ class Worker {
       }
       norms[2 * i] = top;
       norms[2 * i + 1] = sum;
-      for (int64_t part = begin; part < end; ++part) {
+      for (int64_t part = 0; part < of_parts.parts; ++part) {
         const A share = factor(part) / sum;
         const A* const from = of_parts.values_of(part) + static_cast<int64_t>(i) * vw;
         for (int e = 0; e < value_dim; ++e) {
@@ -917,32 +920,73 @@ class Worker {
   std::vector<Buffer<A>> buffers_;
 };
 
-// Runs each(worker, task, its index) over the tasks.
-template <class T, class A, class Each>
-void run_all(const Problem& p, const std::vector<Sequence>& all, const std::vector<Task>& tasks, int threads,
-             Each&& each) {
-  const int64_t count = static_cast<int64_t>(tasks.size());
+// Runs each(worker, i) for i < count.
+template <class W, class Each>
+void run_all(const Problem& p, const std::vector<Sequence>& all, int64_t count, int threads, Each&& each) {
 #pragma omp parallel num_threads(static_cast<int>(std::clamp<int64_t>(count, 1, threads))) if (threads > 1)
   {
-    Worker<T, A> worker(p, all, p.grad_o.data != nullptr);
+    W worker(p, all, p.grad_o.data != nullptr);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < count; ++i) {
-      each(worker, tasks[i], i);
+      each(worker, i);
     }
   }
 }
 
-// One task to each head of each sequence, and the first of the parts that `tasks` have of it.
-std::vector<Task> heads_of(const std::vector<Task>& tasks, std::vector<int64_t>* first) {
-  std::vector<Task> out;
-  for (size_t i = 0; i < tasks.size(); ++i) {
-    if (tasks[i].part == 0) {
-      out.push_back(tasks[i]);
-      out.back().parts = 1;
-      first->push_back(static_cast<int64_t>(i));
+// Tasks of all heads, of one head after the other: those of head h are [first[h], first[h + 1]).
+struct Tasks {
+  std::vector<Task> tasks;
+  std::vector<int64_t> first, head;
+
+  explicit Tasks(std::vector<Task> parts) : tasks(std::move(parts)) {
+    for (size_t i = 0; i < tasks.size(); ++i) {
+      if (tasks[i].part == 0) {
+        first.push_back(static_cast<int64_t>(i));
+      }
+      head.push_back(static_cast<int64_t>(first.size()) - 1);
     }
+    first.push_back(static_cast<int64_t>(tasks.size()));
   }
-  return out;
+  int64_t size() const { return static_cast<int64_t>(tasks.size()); }
+  const Task& operator[](int64_t i) const { return tasks[i]; }
+  int64_t parts(int64_t h) const { return first[h + 1] - first[h]; }
+
+  // One task to each head, the first of its parts.
+  Tasks heads() const {
+    std::vector<Task> out;
+    for (size_t h = 0; h + 1 < first.size(); ++h) {
+      out.push_back(tasks[first[h]]);
+      out.back().parts = 1;
+    }
+    return Tasks(out);
+  }
+};
+
+// A step of a pass: each(worker, i) for all tasks, those of a head after the steps before of the same head.
+template <class W>
+struct Step {
+  const Tasks& tasks;
+  std::function<void(W&, int64_t)> each;
+};
+
+// Where there are heads enough, a thread takes all steps of one after the other: what one step has read, the next one
+// finds in the third cache.
+template <class W>
+void run_steps(const Problem& p, const std::vector<Sequence>& all, int threads, const std::vector<Step<W>>& steps) {
+  const int64_t heads = static_cast<int64_t>(steps.front().tasks.first.size()) - 1;
+  if (heads < 2 * threads) {
+    for (const Step<W>& step : steps) {
+      run_all<W>(p, all, step.tasks.size(), threads, step.each);
+    }
+    return;
+  }
+  run_all<W>(p, all, heads, threads, [&](W& worker, int64_t h) {
+    for (const Step<W>& step : steps) {
+      for (int64_t i = step.tasks.first[h]; i < step.tasks.first[h + 1]; ++i) {
+        step.each(worker, i);
+      }
+    }
+  });
 }
 
 // Rows of x before the first packed sequence and past the last are 0.
@@ -960,52 +1004,53 @@ void clear_surplus(const Problem& p, const View& x, int64_t rows, int64_t dim) {
   }
 }
 
-// The norms of the matrices that are iterated, by head, and how many columns have them: of each, or the call's largest.
+// The norms of the matrices that are iterated, by head, and how many columns have them.
 template <class T, class A>
-void norms(const Problem& p, const std::vector<Sequence>& all, const std::vector<Task>& heads, int threads,
-           std::vector<A>* norm, std::vector<int>* ties) {
-  norm->assign(heads.size(), A{0});
-  ties->assign(heads.size(), 0);
-  if (p.inverse != nullptr) {
-    return;
-  }
-  run_all<T, A>(p, all, heads, threads, [&](Worker<T, A>& worker, const Task& head, int64_t i) {
-    if (all[head.sequence].road == Road::kNystrom) {
+struct Norms {
+  std::vector<A> norm;
+  std::vector<int> ties;
+
+  explicit Norms(int64_t heads) : norm(heads), ties(heads) {}
+
+  void measure(Worker<T, A>& worker, const Task& head, int64_t h) {
+    if (worker.all[head.sequence].road == Road::kNystrom && worker.p.inverse == nullptr) {
       Inverse<A> inverse(worker.m, 0, false);
       worker.matrix(head, true, inverse.a);
-      (*norm)[i] = inverse.largest_column(&(*ties)[i]);
+      norm[h] = inverse.largest_column(&ties[h]);
     }
-  });
-  if (p.init != Init::kOriginal || heads.empty()) {
-    return;
   }
-  const A largest = *std::max_element(norm->begin(), norm->end());
-  int all_ties = 0;
-  for (size_t i = 0; i < heads.size(); ++i) {
-    all_ties += (*norm)[i] == largest ? (*ties)[i] : 0;
+  // The largest is that of all heads.
+  void share() {
+    const A largest = *std::max_element(norm.begin(), norm.end());
+    int all_ties = 0;
+    for (size_t h = 0; h < norm.size(); ++h) {
+      all_ties += norm[h] == largest ? ties[h] : 0;
+    }
+    norm.assign(norm.size(), largest);
+    ties.assign(ties.size(), all_ties);
   }
-  norm->assign(heads.size(), largest);
-  ties->assign(heads.size(), all_ties);
+};
+
+// Tasks of queries or keys, cut between segments.
+Tasks gathered(const Problem& p, const std::vector<Sequence>& all, Range Sequence::* rows, const Segments& segments) {
+  std::vector<Task> tasks = cut(all, p.heads, rows, kGatherRows);
+  align(tasks, segments, p.num_landmarks, all, rows);
+  return Tasks(tasks);
 }
 
 template <class T>
 void matrices(const Problem& p, int threads) {
   using A = compute_t<T>;
+  using W = Worker<T, A>;
   const std::vector<Sequence> all = sequences(p);
-  std::vector<Task> queries = cut(all, p.heads, &Sequence::queries, kGatherRows);
-  std::vector<Task> keys = cut(all, p.heads, &Sequence::keys, kGatherRows);
-  align(queries, p.of_q, p.num_landmarks, all, &Sequence::queries);
-  align(keys, p.of_k, p.num_landmarks, all, &Sequence::keys);
-  run_all<T, A>(p, all, queries, threads, [&](auto& worker, const Task& task, int64_t) { worker.pool_queries(task); });
-  run_all<T, A>(p, all, keys, threads, [&](auto& worker, const Task& task, int64_t) { worker.pool_keys(task); });
-  std::vector<int64_t> first;
-  const std::vector<Task> heads = heads_of(keys, &first);
-  run_all<T, A>(p, all, heads, threads, [&](auto& worker, const Task& head, int64_t i) {
+  const Tasks queries = gathered(p, all, &Sequence::queries, p.of_q), keys = gathered(p, all, &Sequence::keys, p.of_k);
+  const Tasks heads = keys.heads();
+  const auto store = [&](W& worker, int64_t h) {
     const int m = worker.m, mw = worker.mw;
     Buffer<A> a = zeros<A>(static_cast<size_t>(m) * mw);
-    A* const to = static_cast<A*>(p.matrices) + i * m * m;
-    if (all[head.sequence].road == Road::kNystrom) {
-      worker.matrix(head, true, a.get());
+    A* const to = static_cast<A*>(p.matrices) + h * m * m;
+    if (all[heads[h].sequence].road == Road::kNystrom) {
+      worker.matrix(heads[h], true, a.get());
     } else {
       for (int j = 0; j < m; ++j) {
         a[static_cast<size_t>(j) * mw + j] = 1;
@@ -1014,7 +1059,11 @@ void matrices(const Problem& p, int threads) {
     for (int j = 0; j < m; ++j) {
       std::copy_n(a.get() + static_cast<size_t>(j) * mw, m, to + static_cast<int64_t>(j) * m);
     }
-  });
+  };
+  run_steps<W>(p, all, threads,
+               {{queries, [&](W& worker, int64_t i) { worker.pool_queries(queries[i]); }},
+                {keys, [&](W& worker, int64_t i) { worker.pool_keys(keys[i]); }},
+                {heads, store}});
 }
 
 template <class T>
@@ -1022,58 +1071,51 @@ void forward(const Problem& p, int threads) {
   using A = compute_t<T>;
   using W = Worker<T, A>;
   const std::vector<Sequence> all = sequences(p);
-  std::vector<Task> queries = cut(all, p.heads, &Sequence::queries, kGatherRows);
-  std::vector<Task> keys = cut(all, p.heads, &Sequence::keys, kGatherRows);
-  align(queries, p.of_q, p.num_landmarks, all, &Sequence::queries);
-  align(keys, p.of_k, p.num_landmarks, all, &Sequence::keys);
-  std::vector<int64_t> first;
-  const std::vector<Task> heads = heads_of(keys, &first);
-  first.push_back(static_cast<int64_t>(keys.size()));
+  const Tasks queries = gathered(p, all, &Sequence::queries, p.of_q), keys = gathered(p, all, &Sequence::keys, p.of_k);
+  const Tasks heads = keys.heads(), outs(cut(all, p.heads, &Sequence::queries, kPartRows));
+  std::vector<std::unique_ptr<KeySums<A>>> sums(heads.size());
+  const bool is_shared = p.init == Init::kOriginal && heads.size() > 0;
+  Norms<T, A> norms(heads.size());
 
-  run_all<T, A>(p, all, queries, threads, [&](W& worker, const Task& task, int64_t) { worker.pool_queries(task); });
-  if (static_cast<int64_t>(heads.size()) >= 2 * threads) {  // a thread has all parts of a head, one after the other
-    run_all<T, A>(p, all, heads, threads, [&](W& worker, const Task& head, int64_t i) {
-      KeySums<A> sums(p, first[i + 1] - first[i]);
-      for (int64_t part = 0; part < sums.parts; ++part) {
-        worker.pass_keys(keys[first[i] + part], sums, part);
-      }
-      worker.combine(head, sums, 0, sums.parts);
-    });
+  const Step<W> pool{queries, [&](W& worker, int64_t i) { worker.pool_queries(queries[i]); }};
+  const Step<W> begin{heads, [&](W&, int64_t h) { sums[h] = std::make_unique<KeySums<A>>(p, keys.parts(h)); }};
+  const Step<W> meet{keys, [&](W& worker, int64_t i) {
+                       const int64_t h = keys.head[i];
+                       worker.pass_keys(keys[i], *sums[h], i - keys.first[h]);
+                     }};
+  const Step<W> combine{heads, [&](W& worker, int64_t h) {
+                          worker.combine(heads[h], *sums[h]);
+                          sums[h].reset();
+                        }};
+  const Step<W> measure{heads, [&](W& worker, int64_t h) { norms.measure(worker, heads[h], h); }};
+  const Step<W> invert{heads, [&](W& worker, int64_t h) {
+                         if (all[heads[h].sequence].road != Road::kNystrom) {
+                           return;
+                         }
+                         if (p.inverse != nullptr) {
+                           const A* const z = static_cast<const A*>(p.inverse) + h * p.num_landmarks * p.num_landmarks;
+                           return worker.weigh_summary(heads[h], z, p.num_landmarks);
+                         }
+                         Inverse<A> inverse(worker.m, p.iterations, false);
+                         worker.matrix(heads[h], true, inverse.a);
+                         int ties;
+                         const A norm = is_shared ? norms.norm[h] : inverse.largest_column(&ties);
+                         worker.weigh_summary(heads[h], inverse.run(norm * static_cast<A>(1 + p.ridge)), worker.mw);
+                       }};
+  const Step<W> read{outs, [&](W& worker, int64_t i) {
+                       const Sequence& s = all[outs[i].sequence];
+                       if (outs[i].part == 0) {
+                         worker.clear_around(p.o, outs[i], s.all_queries, s.queries, worker.value_dim);
+                       }
+                       worker.read_out(outs[i]);
+                     }};
+  if (is_shared) {
+    run_steps<W>(p, all, threads, {pool, begin, meet, combine, measure});
+    norms.share();
+    run_steps<W>(p, all, threads, {invert, read});
   } else {
-    KeySums<A> sums(p, static_cast<int64_t>(keys.size()));
-    run_all<T, A>(p, all, keys, threads,
-                  [&](W& worker, const Task& task, int64_t i) { worker.pass_keys(task, sums, i); });
-    run_all<T, A>(p, all, heads, threads,
-                  [&](W& worker, const Task& head, int64_t i) { worker.combine(head, sums, first[i], first[i + 1]); });
+    run_steps<W>(p, all, threads, {pool, begin, meet, combine, invert, read});
   }
-  std::vector<A> norm;
-  std::vector<int> ties;
-  if (p.init == Init::kOriginal) {
-    norms<T, A>(p, all, heads, threads, &norm, &ties);
-  }
-  run_all<T, A>(p, all, heads, threads, [&](W& worker, const Task& head, int64_t i) {
-    if (all[head.sequence].road != Road::kNystrom) {
-      return;
-    }
-    if (p.inverse != nullptr) {
-      worker.weigh_summary(head, static_cast<const A*>(p.inverse) + i * p.num_landmarks * p.num_landmarks,
-                           p.num_landmarks);
-      return;
-    }
-    Inverse<A> inverse(worker.m, p.iterations, false);
-    worker.matrix(head, true, inverse.a);
-    int unused;
-    const A largest = p.init == Init::kOriginal ? norm[i] : inverse.largest_column(&unused);
-    worker.weigh_summary(head, inverse.run(largest * static_cast<A>(1 + p.ridge)), worker.mw);
-  });
-  const std::vector<Task> outs = cut(all, p.heads, &Sequence::queries, kPartRows);
-  run_all<T, A>(p, all, outs, threads, [&](W& worker, const Task& task, int64_t) {
-    const Sequence& s = all[task.sequence];
-    if (task.part == 0) {
-      worker.clear_around(p.o, task, s.all_queries, s.queries, worker.value_dim);
-    }
-    worker.read_out(task);
-  });
   clear_surplus<T>(p, p.o, p.queries, p.value_dim);
 }
 
@@ -1091,90 +1133,83 @@ void backward(const Problem& p, int threads) {
   using A = compute_t<T>;
   using W = Worker<T, A>;
   const std::vector<Sequence> all = sequences(p);
-  const std::vector<Task> queries = cut(all, p.heads, &Sequence::queries, kGatherRows);
-  const std::vector<Task> keys = cut(all, p.heads, &Sequence::keys, kGatherRows);
-  std::vector<int64_t> first, first_keys;
-  const std::vector<Task> heads = heads_of(queries, &first);
-  heads_of(keys, &first_keys);
-  first.push_back(static_cast<int64_t>(queries.size()));
-  first_keys.push_back(static_cast<int64_t>(keys.size()));
-  const int64_t narrow_rows = p.num_landmarks * whole_vectors<A>(p.key_dim);
-  const int64_t wide_rows = p.num_landmarks * whole_vectors<A>(p.value_dim);
-  Buffer<A> grad_summary = zeros<A>(queries.size() * wide_rows + 1);  // ∂W, then ∂Y
-  Buffer<A> grad_k = zeros<A>(queries.size() * narrow_rows + 1);      // ∂K̃
-  Buffer<A> grad_q = zeros<A>(heads.size() * narrow_rows + 1);        // ∂Q̃ / a of the matrices, then ∂Q̃
-  Buffer<A> of_keys = zeros<A>(keys.size() * narrow_rows + 1);        // and of the keys
+  const Tasks queries(cut(all, p.heads, &Sequence::queries, kGatherRows));
+  const Tasks keys(cut(all, p.heads, &Sequence::keys, kGatherRows)), heads = queries.heads();
+  const int64_t narrow = p.num_landmarks * whole_vectors<A>(p.key_dim);
+  const int64_t wide = p.num_landmarks * whole_vectors<A>(p.value_dim);
+  Buffer<A> grad_summary = zeros<A>(queries.size() * wide + 1);  // ∂W, then ∂Y
+  Buffer<A> grad_k = zeros<A>(queries.size() * narrow + 1);      // ∂K̃
+  Buffer<A> grad_q = zeros<A>(heads.size() * narrow + 1);        // ∂Q̃ / a of the matrices, then ∂Q̃
+  Buffer<A> of_keys = zeros<A>(keys.size() * narrow + 1);        // and of the keys
   Buffer<A> grad_conv = zeros<A>(keys.size() * p.taps + 1);
+  const bool is_shared = p.init == Init::kOriginal && heads.size() > 0;
+  Norms<T, A> norms(heads.size());
+  std::vector<A> grad_norm(heads.size(), A{0});
+  A grad_log_norm = 0;  // of an original norm, which all heads share
+  const auto summary_of = [&](int64_t h) { return grad_summary.get() + queries.first[h] * wide; };
+  const auto k_of = [&](int64_t h) { return grad_k.get() + queries.first[h] * narrow; };
 
-  run_all<T, A>(p, all, queries, threads, [&](W& worker, const Task& task, int64_t i) {
-    worker.pass_queries(task, grad_summary.get() + i * wide_rows, grad_k.get() + i * narrow_rows);
-  });
-  for (size_t i = 0; i < heads.size(); ++i) {
-    add_parts(grad_summary.get() + first[i] * wide_rows, first[i + 1] - first[i], wide_rows);
-    add_parts(grad_k.get() + first[i] * narrow_rows, first[i + 1] - first[i], narrow_rows);
-  }
-  std::vector<A> norm, grad_norm(heads.size(), A{0});
-  std::vector<int> ties;
-  norms<T, A>(p, all, heads, threads, &norm, &ties);
-  const auto tails = [&](bool only_norm, A grad_log_norm) {
-    run_all<T, A>(p, all, heads, threads, [&](W& worker, const Task& head, int64_t i) {
-      A* const of_k = grad_k.get() + first[i] * narrow_rows;
-      if (all[head.sequence].road == Road::kNystrom) {
-        Inverse<A> inverse(worker.m, p.iterations, true);
-        grad_norm[i] = worker.tail(head, inverse, norm[i], grad_log_norm, ties[i], only_norm,
-                                   grad_summary.get() + first[i] * wide_rows, of_k, grad_q.get() + i * narrow_rows);
-      } else if (!only_norm) {
-        for (int64_t j = 0; j < narrow_rows; ++j) {
-          of_k[j] *= static_cast<A>(p.scale);
-        }
-      }
-    });
+  const Step<W> meet_queries{queries, [&](W& worker, int64_t i) {
+                               worker.pass_queries(queries[i], grad_summary.get() + i * wide,
+                                                   grad_k.get() + i * narrow);
+                             }};
+  const Step<W> add_queries{heads, [&](W& worker, int64_t h) {
+                              add_parts(summary_of(h), queries.parts(h), wide);
+                              add_parts(k_of(h), queries.parts(h), narrow);
+                              norms.measure(worker, heads[h], h);
+                            }};
+  const auto tail = [&](bool only_norm) {
+    return Step<W>{heads, [&, only_norm](W& worker, int64_t h) {
+                     if (all[heads[h].sequence].road == Road::kNystrom) {
+                       Inverse<A> inverse(worker.m, p.iterations, true);
+                       grad_norm[h] = worker.tail(heads[h], inverse, norms.norm[h], grad_log_norm, norms.ties[h],
+                                                  only_norm, summary_of(h), k_of(h), grad_q.get() + h * narrow);
+                     } else if (!only_norm) {
+                       A* const k = k_of(h);
+                       std::transform(k, k + narrow, k, [&](A x) { return x * static_cast<A>(p.scale); });
+                     }
+                   }};
   };
-  A sum = 0;
-  if (p.init == Init::kOriginal) {
-    tails(true, 0);
-    for (const A x : grad_norm) {
-      sum += x;
-    }
+  const Step<W> meet_keys{keys, [&](W& worker, int64_t i) {
+                            const Sequence& s = all[keys[i].sequence];
+                            if (keys[i].part == 0) {
+                              worker.clear_around(p.grad_k, keys[i], s.all_keys, s.keys, worker.key_dim);
+                              worker.clear_around(p.grad_v, keys[i], s.all_keys, s.keys, worker.value_dim);
+                            }
+                            const int64_t h = keys.head[i];
+                            worker.store_keys(keys[i], summary_of(h), k_of(h), of_keys.get() + i * narrow,
+                                              grad_conv.get() + i * p.taps);
+                          }};
+  const Step<W> add_keys{heads, [&](W&, int64_t h) {
+                           A *const to = grad_q.get() + h * narrow, *const from =
+                                                                        of_keys.get() + keys.first[h] * narrow;
+                           add_parts(from, keys.parts(h), narrow);
+                           for (int64_t j = 0; j < narrow; ++j) {
+                             to[j] = static_cast<A>(p.scale) * (to[j] + from[j]);
+                           }
+                         }};
+  const Step<W> store{queries, [&](W& worker, int64_t i) {
+                        const Sequence& s = all[queries[i].sequence];
+                        if (queries[i].part == 0) {
+                          worker.clear_around(p.grad_q, queries[i], s.all_queries, s.queries, worker.key_dim);
+                        }
+                        worker.store_queries(queries[i], grad_q.get() + queries.head[i] * narrow);
+                      }};
+  if (is_shared) {
+    run_steps<W>(p, all, threads, {meet_queries, add_queries});
+    norms.share();
+    run_steps<W>(p, all, threads, {tail(true)});
+    grad_log_norm = std::accumulate(grad_norm.begin(), grad_norm.end(), A{0});
+    run_steps<W>(p, all, threads, {tail(false), meet_keys, add_keys, store});
+  } else {
+    run_steps<W>(p, all, threads, {meet_queries, add_queries, tail(false), meet_keys, add_keys, store});
   }
-  tails(false, sum);
-
-  std::vector<int64_t> head_of_key(keys.size());
-  for (size_t i = 0; i + 1 < first_keys.size(); ++i) {
-    std::fill(head_of_key.begin() + first_keys[i], head_of_key.begin() + first_keys[i + 1], static_cast<int64_t>(i));
-  }
-  run_all<T, A>(p, all, keys, threads, [&](W& worker, const Task& task, int64_t i) {
-    const Sequence& s = all[task.sequence];
-    if (task.part == 0) {
-      worker.clear_around(p.grad_k, task, s.all_keys, s.keys, worker.key_dim);
-      worker.clear_around(p.grad_v, task, s.all_keys, s.keys, worker.value_dim);
-    }
-    const int64_t at = first[head_of_key[i]];
-    worker.store_keys(task, grad_summary.get() + at * wide_rows, grad_k.get() + at * narrow_rows,
-                      of_keys.get() + i * narrow_rows, grad_conv.get() + i * p.taps);
-  });
-  std::vector<int64_t> head_of_query(queries.size());
-  for (size_t i = 0; i < heads.size(); ++i) {
-    A *const to = grad_q.get() + i * narrow_rows, *const from = of_keys.get() + first_keys[i] * narrow_rows;
-    add_parts(from, first_keys[i + 1] - first_keys[i], narrow_rows);
-    for (int64_t j = 0; j < narrow_rows; ++j) {
-      to[j] = static_cast<A>(p.scale) * (to[j] + from[j]);
-    }
-    std::fill(head_of_query.begin() + first[i], head_of_query.begin() + first[i + 1], static_cast<int64_t>(i));
-  }
-  run_all<T, A>(p, all, queries, threads, [&](W& worker, const Task& task, int64_t i) {
-    const Sequence& s = all[task.sequence];
-    if (task.part == 0) {
-      worker.clear_around(p.grad_q, task, s.all_queries, s.queries, worker.key_dim);
-    }
-    worker.store_queries(task, grad_q.get() + head_of_query[i] * narrow_rows);
-  });
   if (p.taps > 0) {
     A* const to = static_cast<A*>(p.grad_conv);
     std::fill_n(to, p.heads * p.taps, A{0});
-    for (size_t i = 0; i < keys.size(); ++i) {
+    for (int64_t i = 0; i < keys.size(); ++i) {
       for (int64_t j = 0; j < p.taps; ++j) {
-        to[keys[i].head * p.taps + j] += grad_conv[static_cast<int64_t>(i) * p.taps + j];
+        to[keys[i].head * p.taps + j] += grad_conv[i * p.taps + j];
       }
     }
   }

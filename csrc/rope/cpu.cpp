@@ -1,9 +1,11 @@
 // rope on a CPU: the angles of a few tokens are widened once, then every head of q and k streams past them.
 #include <omp.h>
 
+#include <algorithm>
 #include <limits>
 
 #include "../cpu/isa.h"
+#include "../cpu/rows.h"
 #include "../cpu/simd.h"
 #include "position.h"
 #include "problem.h"
@@ -14,10 +16,10 @@ namespace {
 
 using namespace ::kx::KX_ISA;  // the vectors of this instruction set
 
-constexpr int kTokens = 64;                         // tokens whose angles are held at a time, at most
-constexpr int64_t kChunk = 256;                     // dimensions whose angles are held at a time, at most
-constexpr int64_t kAngles = 8192;                   // angles held at a time: they share the first cache with the rows
-constexpr int64_t kGrain = 16384;                   // elements worth a thread of their own
+constexpr int kTokens = 64;        // tokens whose angles are held at a time, at most
+constexpr int64_t kChunk = 256;    // dimensions whose angles are held at a time, at most
+constexpr int64_t kAngles = 8192;  // angles held at a time: they share the first cache with the rows
+constexpr int64_t kGrain = 16384;  // elements worth a thread of their own
 
 // The angles of up to kChunk dimensions of one token, in the layout that the pairing multiplies them in.
 // half-split:  c[i] = cos_i, s[i] = sin_i;   interleaved: c = cos_0 cos_0 cos_1 …, s = −sin_0 sin_0 −sin_1 …
