@@ -26,12 +26,16 @@ from . import interpreter
 WITH = {"gau_attention": ("gau_inputs", "mixed_chunk_attention")}  # the rest of gated units, without timings of its own
 
 
-def seen(spec: OpSpec, call: Call) -> int:
-    """Floating-point operations that torch's counter sees of the reference, on meta tensors."""
+def seen(spec: OpSpec, call: Call) -> dict[str, int]:
+    """Floating-point operations that torch's counter sees of each pass of the reference, on meta tensors."""
     meta = pytree.tree_map_only(torch.Tensor, lambda x: x.to("meta"), call)
-    with FlopCounterMode(display=False) as counter:
-        spec.reference(**meta)
-    return counter.get_total_flops()
+    leaves = {name: meta[name] for name in spec.differentiable if name in meta}
+    pytree.tree_map_only_(torch.Tensor, torch.Tensor.requires_grad_, leaves)
+    with FlopCounterMode(display=False) as forward:
+        outs = pytree.tree_leaves(spec.reference(**meta))
+    with FlopCounterMode(display=False) as backward:
+        torch.autograd.backward(outs, [torch.empty_like(out) for out in outs])
+    return {"forward": forward.get_total_flops(), "backward": backward.get_total_flops()}
 
 
 def told(beside: Mapping[str, int]) -> dict[str, int]:
@@ -41,14 +45,15 @@ def told(beside: Mapping[str, int]) -> dict[str, int]:
 def rows(spec: OpSpec) -> list[dict[str, Any]]:
     """One row per backend, call and pass.
 
-    `least`: bytes, each input read once and each output written once. `flops`: as the specification has them, beside
-    those that torch's counter sees, and why both that and the meter's differ from it, by how many each.
+    `least`: bytes of a forward pass, each input read once and each output written once. `flops`: as the specification
+    has them, beside those that torch's counter sees, and why both that and the meter's differ from it, by how many
+    each.
     """
     api = importlib.import_module(spec.function.__module__)
     backends = {b.name: b for b in api.backends()}
     found = []
     for case, call in spec.metered().items():
-        problem = api.problem(**call)
+        problem, of_torch = api.problem(**call), seen(spec, call)
         with metered() as meter:
             before = (0, 0, 0, 0)
             for name in spec.passes(backends["triton"], problem):
@@ -57,9 +62,12 @@ def rows(spec: OpSpec) -> list[dict[str, Any]]:
                 row = {"op": spec.name, "backend": "triton", "case": case, "pass": name, "launches": launches}
                 row |= {"loaded": loaded, "stored": stored, "dot_flops": flops, "least": None}
                 if name == "forward":
-                    row |= {"least": spec.bytes(call), "flops": spec.flops(call), "torch": seen(spec, call)}
-                    row["beside_torch"] = told(spec.beside_torch(call))
-                    row["beside_triton"] = told(spec.beside_triton(call, problem))
+                    row["least"] = spec.bytes(call)
+                if name in spec.work:
+                    work = spec.work[name]
+                    row |= {"flops": work.flops(call), "torch": of_torch[name]}
+                    row["beside_torch"] = told(work.beside_torch(call))
+                    row["beside_triton"] = told(work.beside_triton(call, problem))
                 found.append(row)
                 before = now
         emulation = native.load("_emulation")

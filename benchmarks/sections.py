@@ -158,17 +158,17 @@ def landmarks(results: Results) -> Figure | None:
 
 
 def products(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """Of each call that has them: operations as the specification, torch's counter and the meter have them; if they
+    """Of each pass that has them: operations as the specification, torch's counter and the meter have them; if they
     differ by what they are said to, and no fewer bytes are moved than have to be, they agree.
     """
     found = []
     for row in rows:
         if "flops" not in row:
             continue
-        flops, moved = row["flops"], row["loaded"] + row["stored"]
-        cells = {"call": f"{row['op']}, {row['case']}", "flops": f"{flops / 1e6:.2f}"}
-        cells["moved"] = f"{moved / row['least']:.2f}×"
-        agree = moved >= row["least"]
+        flops, moved, least = row["flops"], row["loaded"] + row["stored"], row["least"]
+        cells = {"call": f"{row['op']}, {row['case']}", "pass": row["pass"], "flops": f"{flops / 1e6:.2f}"}
+        cells["moved"] = "–" if least is None else f"{moved / least:.2f}×"
+        agree = least is None or moved >= least
         for key, counted in (("torch", row["torch"]), ("triton", row["dot_flops"])):
             beside = row[f"beside_{key}"]
             cells[key] = f"{counted / flops:.2f}×"

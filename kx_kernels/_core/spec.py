@@ -41,6 +41,21 @@ class KernelPromise:
 
 
 @dataclass(frozen=True)
+class Work:
+    """Floating-point operations of one pass.
+
+    flops(call): of the least work that computes it.
+    beside_torch(call), beside_triton(call, problem): beyond `flops`, by why there are more or fewer of them: of those
+        that torch's counter sees of the reference, and of those that the dots of Triton's kernels do, without masks and
+        packed sequences.
+    """
+
+    flops: Callable[[Call], int]
+    beside_torch: Callable[[Call], Mapping[str, int]]
+    beside_triton: Callable[[Call, Any], Mapping[str, int]]
+
+
+@dataclass(frozen=True)
 class OpSpec:
     """One operator.
 
@@ -48,10 +63,8 @@ class OpSpec:
         against: the reference with more of its steps in that dtype, as eager torch has them.
     make(case, dtype, device, seed): the arguments of a call, as keywords of `function` and of `reference`.
     passes(backend, problem): runs one pass after the other, and names each when it is done.
-    flops(call), bytes(call): of the least work that computes it, counting each input and output once.
-    beside_torch(call), beside_triton(call, problem): floating-point operations beyond `flops`, by why there are more or
-        fewer of them: of those that torch's counter sees of the reference, and of those that the dots of Triton's
-        forward kernels do, without masks and packed sequences.
+    bytes(call): of a forward pass, counting each input and output once.
+    work: of each pass that has matrix products, and of the forward pass in any case, by the name that `passes` has.
     """
 
     name: str
@@ -68,15 +81,17 @@ class OpSpec:
     differentiated: str  # the case whose first and second derivatives are compared with finite differences
     compiled: tuple[str, ...]  # cases that are compared under torch.compile
     bad_calls: Sequence[BadCall]
-    flops: Callable[[Call], int]
     bytes: Callable[[Call], int]
-    beside_torch: Callable[[Call], Mapping[str, int]]  # see above
-    beside_triton: Callable[[Call, Any], Mapping[str, int]]  # see above
+    work: Mapping[str, Work]  # see above
     codegen: Callable[[], Mapping[str, Call]]  # calls, on the meta device, whose machine code is checked
     metered: Callable[[], Mapping[str, Call]]  # small calls whose launches and bytes are counted
     passes: Callable[[Any, Any], Iterator[str]]  # see above
     promises: Sequence[KernelPromise]  # of their machine code; the first that matches a kernel counts
     growth: Mapping[str, Mapping[str, float]]  # quantity -> dimension -> exponent that the counts have to show
+
+    def flops(self, call: Call) -> int:
+        """Of a forward pass."""
+        return self.work["forward"].flops(call)
 
     def call(self, case: str, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> Call:
         return self.make(self.cases[case], dtype, torch.device(device), seed)
@@ -92,14 +107,23 @@ class OpSpec:
         return call | pytree.tree_map_only(torch.Tensor, lambda x: x.to(dtype if x.dtype == given else wide), change)
 
 
-def no_products(flops: Callable[[Call], int]) -> Callable[..., dict[str, int]]:
-    """What is beside the operations of an operator without matrix products."""
-    return lambda call, problem=None: {"no matrix products, which alone are counted": -flops(call)}
+def no_products(flops: Callable[[Call], int]) -> dict[str, Work]:
+    """The work of an operator without matrix products."""
+
+    def beside(call: Call, problem: Any = None) -> dict[str, int]:
+        return {"no matrix products, which alone are counted": -flops(call)}
+
+    return {"forward": Work(flops, beside, beside)}
 
 
 def tiled(count: int, tile: int) -> int:
     """How many there are in whole tiles."""
     return -(-count // tile) * tile
+
+
+def whole_tiles(causal: bool) -> str:
+    """Why tiles multiply more than they are asked for."""
+    return "tiles are whole, on the diagonal and at the ends" if causal else "tiles are whole at the ends"
 
 
 def all_specs() -> list[OpSpec]:

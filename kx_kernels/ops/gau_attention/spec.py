@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..._core import triton
-from ..._core.spec import BadCall, Call, KernelPromise, OpSpec, tiled
+from ..._core.spec import BadCall, Call, KernelPromise, OpSpec, Work, tiled, whole_tiles
 from ._problem import GauProblem
 from .api import gau_attention
 from .presets import ACTIVATIONS
@@ -284,10 +284,21 @@ BAD_CALLS = (
 
 
 def flops(call: Call) -> int:
-    """Of both matrix products; half of them if causal."""
+    """Of both matrix products."""
+    return _products(call, 1, 1)
+
+
+def backward_flops(call: Call) -> int:
+    """Of five: scores and their gradients, and the sums that are the gradients of queries, keys and values."""
+    return _products(call, 3, 2)
+
+
+def _products(call: Call, of_queries: int, of_values: int) -> int:
+    """Of so many as wide as queries and as values are; half of each if causal."""
     q, k, v = call["q"], call["k"], call["v"]
     pairs = math.prod(q.shape[:-3]) * q.shape[-3] * k.shape[-3]
-    return 2 * pairs * q.shape[-2] * (q.shape[-1] + v.shape[-1]) // (2 if call["causal"] else 1)
+    wide = of_queries * q.shape[-1] + of_values * v.shape[-1]
+    return 2 * pairs * q.shape[-2] * wide // (2 if call["causal"] else 1)
 
 
 def bytes_(call: Call) -> int:
@@ -301,22 +312,51 @@ def beside_torch(call: Call) -> dict[str, int]:
     return {"scores of keys to come, made and masked": flops(call)} if call["causal"] else {}
 
 
+def backward_beside_torch(call: Call) -> dict[str, int]:
+    """Each product forward has two gradients, which are products as large."""
+    twice = {why: 2 * count for why, count in beside_torch(call).items()}
+    return twice | {"scores are kept, and not made again": -_products(call, 1, 0)}
+
+
+def _seen(launch: Any) -> list[int]:
+    """How many keys each block of queries sees."""
+    rows, shift = launch.sizes.rows, launch.n_k - launch.n_q
+    ends = (min(first + rows, launch.n_q) + shift for first in range(0, launch.n_q, rows))
+    return [max(end, 0) if launch.p.causal else launch.n_k for end in ends]
+
+
 def beside_triton(call: Call, problem: GauProblem) -> dict[str, int]:
     """Where scores are made on chip, once for each slice of the columns of values."""
     from . import _triton
 
     launch = _triton.Launch(problem)
-    sizes, shift = launch.sizes, launch.n_k - launch.n_q
-    ends = (min(first + sizes.rows, launch.n_q) + shift for first in range(0, launch.n_q, sizes.rows))
-    seen = [max(end, 0) if problem.causal else launch.n_k for end in ends]
-    pairs = launch.batch * launch.heads * sum(sizes.rows * tiled(keys, sizes.short) for keys in seen)
+    sizes = launch.sizes
+    pairs = launch.batch * launch.heads * sum(sizes.rows * tiled(keys, sizes.short) for keys in _seen(launch))
     columns = triton.block(launch.e, sizes.columns)
     slices = -(-launch.e // columns)
     scores = 2 * pairs * triton.block(launch.s, _triton.MAX_ON_CHIP_DIM)
     again = (slices - 1) * scores
     rest = scores + 2 * pairs * slices * columns - flops(call)
-    where = "tiles are whole, on the diagonal and at the ends" if problem.causal else "tiles are whole at the ends"
-    return {"scores are made again for each slice of columns": again, where: rest}
+    return {"scores are made again for each slice of columns": again, whole_tiles(problem.causal): rest}
+
+
+def backward_beside_triton(call: Call, problem: GauProblem) -> dict[str, int]:
+    """Scores and their gradients are made once, in panels."""
+    from . import _triton
+
+    launch = _triton.Launch(problem)
+    sizes, shift, seen = launch.sizes, launch.n_k - launch.n_q, _seen(launch)
+    made, by_queries = (sum(sizes.rows * tiled(keys, tile) for keys in seen) for tile in (sizes.keys, sizes.step))
+    unseeing = (
+        max(key - shift, 0) // sizes.short * sizes.short if problem.causal else 0  # queries before a block of keys
+        for key in range(0, launch.n_k, sizes.keys)
+    )
+    by_keys = sum(sizes.keys * (tiled(launch.n_q, sizes.short) - first) for first in unseeing)
+    s, e, grad_s, grad_e = (
+        tiled(dim, triton.block(dim, most)) for most in (sizes.depth, sizes.columns) for dim in (launch.s, launch.e)
+    )
+    products = made * (s + e) + by_keys * (grad_s + grad_e) + by_queries * grad_s
+    return {whole_tiles(problem.causal): 2 * launch.batch * launch.heads * products - backward_flops(call)}
 
 
 def codegen() -> dict[str, Call]:
@@ -373,10 +413,11 @@ SPEC = OpSpec(
     differentiated="everything_small",
     compiled=("su", "everything", "packed"),
     bad_calls=BAD_CALLS,
-    flops=flops,
     bytes=bytes_,
-    beside_torch=beside_torch,
-    beside_triton=beside_triton,
+    work={
+        "forward": Work(flops, beside_torch, beside_triton),
+        "backward": Work(backward_flops, backward_beside_torch, backward_beside_triton),
+    },
     codegen=codegen,
     metered=metered,
     passes=passes,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._core.spec import BadCall, Call, KernelPromise, OpSpec, tiled
+from ..._core.spec import BadCall, Call, KernelPromise, OpSpec, Work, tiled
 from ._problem import LinearAttentionProblem
 from .api import linear_attention
 from .reference import eager
@@ -274,9 +274,21 @@ BAD_CALLS = (
 
 def flops(call: Call) -> int:
     """Of the recurrent form, which does the least: a state's update by a key, and a query's product with it."""
+    return _products(call, 1, 1)
+
+
+def backward_flops(call: Call) -> int:
+    """Of the same form: the states once more, and gradients of queries by them; those that queries update from the end
+    on, and gradients of keys and of values by these.
+    """
+    return _products(call, 2, 3)
+
+
+def _products(call: Call, of_queries: int, of_keys: int) -> int:
+    """Of so many with a state to a token of each head of queries, and of keys."""
     q, k, v = call["q"], call["k"], call["v"]
-    tokens = math.prod(q.shape[:-2])
-    return 2 * tokens * (q.shape[-2] + k.shape[-2]) * q.shape[-1] * v.shape[-1]
+    heads = of_queries * q.shape[-2] + of_keys * k.shape[-2]
+    return 2 * math.prod(q.shape[:-2]) * heads * q.shape[-1] * v.shape[-1]
 
 
 def bytes_(call: Call) -> int:
@@ -285,26 +297,62 @@ def bytes_(call: Call) -> int:
     return (q.numel() + k.numel() + v.numel() + v.numel() * q.shape[-2] // k.shape[-2]) * q.itemsize
 
 
-def beside_torch(call: Call) -> dict[str, int]:
+NO_STATE = "the definition has a weight of every key, and no state"
+OF_HEADS = "states are those of every query's head, and tiles whole at the ends"
+
+
+def _defined(call: Call, times: int) -> int:
+    """Of each of the definition's products so many times, and of the denominator's sums over given weights once."""
     q, v = call["q"], call["v"]
-    weighted = q.shape[-1] + v.shape[-1]
-    divided = q.shape[-1] + 1 if call["normalize"] else 0
-    found = 2 * math.prod(q.shape[:-1]) * q.shape[-3] * (weighted + divided)
-    return {"the definition has a weight of every key, and no state": found - flops(call)}
+    divided = times * q.shape[-1] + 1 if call["normalize"] else 0
+    return 2 * math.prod(q.shape[:-1]) * q.shape[-3] * (times * (q.shape[-1] + v.shape[-1]) + divided)
+
+
+def beside_torch(call: Call) -> dict[str, int]:
+    return {NO_STATE: _defined(call, 1) - flops(call)}
+
+
+def backward_beside_torch(call: Call) -> dict[str, int]:
+    """Each product forward has two gradients, which are products as large."""
+    return {NO_STATE: _defined(call, 2) - backward_flops(call)}
+
+
+def _of_role(launch: Any, role: str) -> tuple[int, int, int]:
+    """Of a pass of the kernel: of the products within chunks, of the updates of states, and of products with them."""
+    p = launch.p
+    keys, values, slices = launch.slices(role)
+    batch, length, heads = p.q.shape[:3]
+    rows, kv_heads, reverse = 2 * batch * tiled(length, launch.block_t) * slices, p.k.shape[2], role in ("dk", "dv")
+    # What normalising adds: to gradients of features, and to outputs the scores of features that do not turn.
+    divided = keys if p.normalize and (role in ("dq", "dk") or (role == "o" and p.cos is not None)) else 0
+    within = rows * heads * launch.block_t * (keys + values + divided) if p.causal else 0
+    updates, uses = heads if reverse or p.causal else kv_heads, kv_heads if reverse else heads
+    return within, rows * updates * keys * values, rows * uses * keys * values
 
 
 def beside_triton(call: Call, problem: LinearAttentionProblem) -> dict[str, int]:
     from . import _triton
 
     launch = _triton.Launch(problem, None, None)
-    keys, values, slices = launch.slices("o")
-    batch, length, heads = problem.q.shape[:3]
-    rows = 2 * batch * tiled(length, launch.block_t) * slices
-    within = rows * heads * launch.block_t * (keys + values) if problem.causal else 0
-    states = rows * (2 * heads if problem.causal else heads + problem.k.shape[2]) * keys * values
+    within, *states = _of_role(launch, "o")
     return {
         f"within chunks of {launch.block_t} tokens, all with all": within,
-        "states are those of every query's head, and tiles whole at the ends": states - flops(call),
+        OF_HEADS: sum(states) - flops(call),
+    }
+
+
+def backward_beside_triton(call: Call, problem: LinearAttentionProblem) -> dict[str, int]:
+    from . import _triton
+
+    launch = _triton.Launch(problem, None, None)
+    alone = problem.normalize and launch.slices("dq")[2] > 1  # whether no program sees whole rows of both gradients
+    passes = {role: _of_role(launch, role) for role in ("dq", "dk", "dv")}
+    within, again = sum(x[0] for x in passes.values()), passes["dv"][1]
+    return {
+        f"within chunks of {launch.block_t} tokens, all with all": within,
+        "a pass for gradients of denominators, which are of all columns": sum(_of_role(launch, "e")) if alone else 0,
+        "states that queries update are made again, for gradients of values": again,
+        OF_HEADS: sum(sum(x[1:]) for x in passes.values()) - again - backward_flops(call),
     }
 
 
@@ -356,10 +404,11 @@ SPEC = OpSpec(
     differentiated="everything_small",
     compiled=("elu1", "state_both", "everything", "packed_sequences"),
     bad_calls=BAD_CALLS,
-    flops=flops,
     bytes=bytes_,
-    beside_torch=beside_torch,
-    beside_triton=beside_triton,
+    work={
+        "forward": Work(flops, beside_torch, beside_triton),
+        "backward": Work(backward_flops, backward_beside_torch, backward_beside_triton),
+    },
     codegen=codegen,
     metered=metered,
     passes=passes,

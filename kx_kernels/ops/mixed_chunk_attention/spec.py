@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..._core import triton
-from ..._core.spec import BadCall, Call, KernelPromise, OpSpec, tiled
+from ..._core.spec import BadCall, Call, KernelPromise, OpSpec, Work, tiled, whole_tiles
 from ._problem import MixedProblem
 from .api import mixed_chunk_attention
 from .presets import ACTIVATIONS
@@ -269,17 +269,34 @@ BAD_CALLS = (
 
 
 def flops(call: Call) -> int:
-    """Of both products within chunks, half of them if causal, and of the sum of states and its product with queries."""
-    local, through = _products(call)
-    return local // (2 if call["causal"] else 1) + through
+    """Of both products within chunks, and of the sum of states and its product with queries."""
+    return _seen_within(call, 1, 1) + _with_states(call, 1, 1)
 
 
-def _products(call: Call) -> tuple[int, int]:
-    """Operations of those within chunks, of all tokens with all, and of those with states."""
+def backward_flops(call: Call) -> int:
+    """Within chunks of five, as gated attention has them. Of states once more and of their gradients; and of products
+    with these for linear queries, linear keys and values.
+    """
+    return _seen_within(call, 3, 2) + _with_states(call, 2, 3)
+
+
+def _within(call: Call, of_queries: int, of_values: int) -> int:
+    """Of so many products within chunks, of all tokens with all, as wide as queries and as values are."""
+    q, v = call["quad_q"], call["v"]
+    pairs = math.prod(q.shape[:-1]) * min(call["chunk_size"], q.shape[-3])
+    return 2 * pairs * (of_queries * q.shape[-1] + of_values * v.shape[-1])
+
+
+def _seen_within(call: Call, of_queries: int, of_values: int) -> int:
+    """Half of them if causal."""
+    return _within(call, of_queries, of_values) // (2 if call["causal"] else 1)
+
+
+def _with_states(call: Call, of_queries: int, of_keys: int) -> int:
+    """Of so many products with a state to a token of each head of queries, and of keys."""
     q, k, v = call["quad_q"], call["quad_k"], call["v"]
-    tokens, heads = math.prod(q.shape[:-2]), q.shape[-2]
-    local = 2 * tokens * min(call["chunk_size"], q.shape[-3]) * heads * (q.shape[-1] + v.shape[-1])
-    return local, 2 * tokens * (heads + k.shape[-2]) * q.shape[-1] * v.shape[-1]
+    heads = of_queries * q.shape[-2] + of_keys * k.shape[-2]
+    return 2 * math.prod(q.shape[:-2]) * heads * q.shape[-1] * v.shape[-1]
 
 
 def bytes_(call: Call) -> int:
@@ -290,13 +307,32 @@ def bytes_(call: Call) -> int:
 
 
 def beside_torch(call: Call) -> dict[str, int]:
-    local, through = _products(call)
     n = call["quad_q"].shape[-3]
     filled = tiled(n, min(call["chunk_size"], n)) - n
     return {
-        "scores of keys to come, made and masked": local // 2 if call["causal"] else 0,
-        "the last chunk is filled up": filled * (local + through) // n,
+        "scores of keys to come, made and masked": _within(call, 1, 1) - _seen_within(call, 1, 1),
+        "states are those of every query's head": _with_states(call, 1, -1),
+        "the last chunk is filled up": filled * (_within(call, 1, 1) + _with_states(call, 2, 0)) // n,
     }
+
+
+def backward_beside_torch(call: Call) -> dict[str, int]:
+    """Each product forward has two gradients, which are products as large."""
+    twice = {why: 2 * count for why, count in beside_torch(call).items()}
+    kept = _seen_within(call, 1, 0) + _with_states(call, 0, 1)
+    return twice | {"scores and states are kept, and not made again": -kept}
+
+
+def _chunks(launch: Any) -> list[int]:
+    """Tokens of each."""
+    return [min(launch.chunk, launch.n - begin) for begin in range(0, launch.n, launch.chunk)]
+
+
+def _seen(launch: Any) -> list[int]:
+    """How many keys each block of queries sees."""
+    rows, causal = launch.sizes.rows, launch.p.causal
+    blocks = ((first, tokens) for tokens in _chunks(launch) for first in range(0, tokens, rows))
+    return [min(first + rows, tokens) if causal else tokens for first, tokens in blocks]
 
 
 def beside_triton(call: Call, problem: MixedProblem) -> dict[str, int]:
@@ -304,24 +340,50 @@ def beside_triton(call: Call, problem: MixedProblem) -> dict[str, int]:
     from . import _triton
 
     launch = _triton.Launch(problem)
-    sizes, columns = launch.sizes, launch.e_slices * launch.columns
-    pairs = rows = summed = taken = 0
-    for begin in range(0, launch.n, launch.chunk):
-        tokens = min(launch.chunk, launch.n - begin)
-        ends = [min(first + sizes.rows, tokens) if problem.causal else tokens for first in range(0, tokens, sizes.rows)]
-        rows += len(ends) * sizes.rows
-        pairs += sum(sizes.rows * tiled(end, sizes.short) for end in ends)
-        if not problem.causal or begin + tokens < launch.n:
-            summed += tiled(tokens, sizes.short)
-            taken += tokens
+    sizes, columns, chunks, seen = launch.sizes, launch.e_slices * launch.columns, _chunks(launch), _seen(launch)
+    rows, pairs = len(seen) * sizes.rows, sum(sizes.rows * tiled(keys, sizes.short) for keys in seen)
+    taken = chunks[:-1] if problem.causal else chunks
+    summed = sum(tiled(tokens, sizes.short) for tokens in taken)
     units = 2 * launch.batch
     local = pairs * launch.heads * (launch.e_slices * tiled(launch.s, triton.block(launch.s, 128)) + columns)
     through = rows * launch.heads * tiled(launch.s, triton.block(launch.s, sizes.least)) * columns
     sums = summed * launch.kv_heads * launch.s_slices * launch.dim * columns
-    untaken = units * (launch.n - taken) * launch.kv_heads * launch.s * launch.e
+    untaken = units * (launch.n - sum(taken)) * launch.kv_heads * launch.s * launch.e
     total = units * (local + sums + through * launch.has_states)
-    where = "tiles are whole, on the diagonal and at the ends" if problem.causal else "tiles are whole at the ends"
-    return {"nothing takes the last chunk's state": -untaken, where: total - flops(call) + untaken}
+    return {
+        "nothing takes the last chunk's state": -untaken,
+        whole_tiles(problem.causal): total - flops(call) + untaken,
+    }
+
+
+def backward_beside_triton(call: Call, problem: MixedProblem) -> dict[str, int]:
+    """Of chunks that are segments, whose scores and their gradients are made once, in panels."""
+    from . import _triton
+
+    launch = _triton.Launch(problem)
+    sizes, chunks, seen = launch.sizes, _chunks(launch), _seen(launch)
+    made, by_queries = (sum(sizes.rows * tiled(keys, tile) for keys in seen) for tile in (sizes.keys, sizes.step))
+    blocks = [(key, tokens) for tokens in chunks for key in range(0, tokens, sizes.keys)]
+    by_keys = sum(sizes.keys * tiled(tokens - key if problem.causal else tokens, sizes.least) for key, tokens in blocks)
+    grad_s, grad_e = launch.s_slices * launch.dim, launch.e_slices * launch.columns
+    s, e = (tiled(dim, triton.block(dim, sizes.depth)) for dim in (launch.s, launch.e))
+    within = launch.heads * (made * (s + e) + by_keys * (grad_s + grad_e) + by_queries * grad_s)
+
+    taken, giving = (chunks[:-1], chunks[1:]) if problem.causal else (chunks, chunks)  # of S, and of U
+    of_s, of_u = (sum(tiled(tokens, sizes.short) for tokens in summed) for summed in (taken, giving))
+    sums = (launch.kv_heads * of_s + launch.heads * of_u) * grad_s * grad_e
+    narrow = tiled(launch.s, triton.block(launch.s, sizes.least))
+    through = len(seen) * sizes.rows * launch.heads * e * grad_s
+    through += len(blocks) * sizes.keys * launch.kv_heads * (narrow * grad_e + e * grad_s)
+
+    units = 2 * launch.batch
+    untaken = (launch.n - sum(taken)) * launch.kv_heads + (launch.n - sum(giving)) * launch.heads
+    untaken *= units * launch.s * launch.e
+    total = units * (within + (sums + through) * launch.has_states)
+    return {
+        "nothing takes the last chunk's state, and the first one's has no gradient": -untaken,
+        whole_tiles(problem.causal): total - backward_flops(call) + untaken,
+    }
 
 
 def codegen() -> dict[str, Call]:
@@ -370,10 +432,11 @@ SPEC = OpSpec(
     differentiated="everything_small",
     compiled=("su", "everything", "packed"),
     bad_calls=BAD_CALLS,
-    flops=flops,
     bytes=bytes_,
-    beside_torch=beside_torch,
-    beside_triton=beside_triton,
+    work={
+        "forward": Work(flops, beside_torch, beside_triton),
+        "backward": Work(backward_flops, backward_beside_torch, backward_beside_triton),
+    },
     codegen=codegen,
     metered=metered,
     passes=passes,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..._core import triton
-from ..._core.spec import BadCall, Call, KernelPromise, OpSpec, tiled
+from ..._core.spec import BadCall, Call, KernelPromise, OpSpec, Work, tiled, whole_tiles
 from ._problem import NystromProblem
 from .api import nystrom_attention
 from .presets import CONVENTIONS
@@ -262,12 +262,24 @@ def flops(call: Call) -> int:
     """Of the products with landmarks, of those of the inverse, four for each step and two beside, and the convolution.
     Where no more tokens than landmarks are, of exact attention. Packed sequences are taken for longer ones.
     """
+    return _products(call, 1, 1, 4) + _convolved(call)
+
+
+def backward_flops(call: Call) -> int:
+    """Of five products to the two of each factor: scores and their gradients, and sums that are gradients; of a step's
+    four once more and their two gradients; and of both gradients of the convolution.
+    """
+    return _products(call, 3, 2, 12) + 2 * _convolved(call)
+
+
+def _products(call: Call, of_queries: int, of_values: int, of_steps: int) -> int:
+    """Of so many of each factor as wide as queries and as values are, and of each step of the inverse."""
     q, k, v, m = call["q"], call["k"], call["v"], call["num_landmarks"]
-    wide, convolved = q.shape[-1] + v.shape[-1], _convolved(call)
+    wide = of_queries * q.shape[-1] + of_values * v.shape[-1]
     if "cu_seqlens" not in call and call.get("landmarks") != "lucidrains" and min(q.shape[1], k.shape[1]) <= m:
-        return 2 * math.prod(q.shape[:-1]) * k.shape[1] * wide + convolved
+        return 2 * math.prod(q.shape[:-1]) * k.shape[1] * wide
     rows = math.prod(q.shape[:-1]) + math.prod(k.shape[:-1])
-    return 2 * m * rows * wide + 2 * _units(call) * (m * m * wide + 4 * _steps(call) * m**3) + convolved
+    return 2 * m * rows * wide + 2 * _units(call) * (m * m * wide + of_steps * _steps(call) * m**3)
 
 
 def _units(call: Call) -> int:
@@ -297,6 +309,21 @@ def beside_torch(call: Call) -> dict[str, int]:
     return {"means of segments, as products with the matrix of who is in them": means}
 
 
+def backward_beside_torch(call: Call) -> dict[str, int]:
+    """Each product forward has two gradients, which are products as large, but a mean one."""
+    kept = _products(call, 1, 0, 4)
+    of_other_heads = (call["q"].shape[-2] - 1) * _convolved(call)
+    return beside_torch(call) | {
+        "scores and steps are kept, and not made again": -kept,
+        "gradients of the convolution's weights, counted as if all heads had all": of_other_heads,
+    }
+
+
+def _rows(length: int, parts: Any, tile: int) -> int:
+    """Those of all tiles of a head's parts."""
+    return sum(tiled(min(parts.rows, length - first), tile) for first in range(0, length, parts.rows))
+
+
 def beside_triton(call: Call, problem: NystromProblem) -> dict[str, int]:
     """Of more tokens than landmarks, and an inverse that starts from a norm of its own."""
     from . import _triton
@@ -304,11 +331,7 @@ def beside_triton(call: Call, problem: NystromProblem) -> dict[str, int]:
     launch = _triton.Launch(problem)
     sizes, slices, m, of_m = launch.sizes, launch.slices(), launch.m, triton.block(launch.m, _triton.MAX_DIM)
     tile, heads = launch.matrices()["TILE"], 2 * launch.batch * launch.heads
-
-    def rows(length: int, parts: _triton.Parts, tile: int) -> int:
-        return sum(tiled(min(parts.rows, length - first), tile) for first in range(0, length, parts.rows))
-
-    keys, queries = rows(launch.n_k, launch.of_k, sizes.rows), rows(launch.n_q, launch.of_q, sizes.out_rows)
+    keys, queries = _rows(launch.n_k, launch.of_k, sizes.rows), _rows(launch.n_q, launch.of_q, sizes.out_rows)
     scored = tiled(launch.dim, launch.width(sizes.numbers, launch.dim)) * of_m
     width = launch.width(sizes.numbers, launch.value_dim)
     read = tiled(launch.value_dim, width)
@@ -322,7 +345,40 @@ def beside_triton(call: Call, problem: NystromProblem) -> dict[str, int]:
         "the convolution, as a product with a band in a matrix": heads * band - _convolved(call),
     }
     total = heads * (by_keys + inverse + queries * (scored + of_m * read) + band)
-    return found | {"tiles are whole at the ends": total - flops(call) - sum(found.values())}
+    return found | {whole_tiles(causal=False): total - flops(call) - sum(found.values())}
+
+
+def backward_beside_triton(call: Call, problem: NystromProblem) -> dict[str, int]:
+    """Of the same calls."""
+    from . import _triton
+
+    launch = _triton.Launch(problem)
+    sizes, slices, m, of_m = launch.sizes, launch.slices(), launch.m, triton.block(launch.m, _triton.MAX_DIM)
+    tile, heads, taps = launch.matrices()["TILE"], 2 * launch.batch * launch.heads, launch.taps
+    dims = (launch.dim, launch.value_dim)
+    keys, queries = _rows(launch.n_k, launch.of_k, sizes.rows), _rows(launch.n_q, launch.of_q, sizes.rows)
+    # Of a row's scores and gradients of weights; and where two sums of gradients leave room for fewer columns.
+    scored, shallow = (
+        of_m * sum(tiled(dim, launch.width(numbers, max(dims))) for dim in dims)
+        for numbers in (sizes.numbers, sizes.shallow)
+    )
+    count, summed = slices["SLICES"], slices["SLICES"] * of_m * (slices["BK"] + slices["BV"])
+    again = queries * count * shallow + keys * (count - 1) * scored
+    once = (queries + keys) * (scored + summed)
+    once += of_m * (queries * tiled(launch.dim, launch.width(sizes.numbers, launch.dim)) + keys * count * slices["BK"])
+    of_dim, of_value_dim = (tiled(dim, tile) for dim in dims)
+    inverse = of_m**2 * (of_dim + of_value_dim) + tiled(m, tile) ** 2 * (2 * of_dim + of_value_dim)
+    steps = _steps(call) * of_m**3
+    band = keys * count * slices["BV"] * tiled(sizes.rows + taps - 1, sizes.rows)
+    columns = tiled(launch.value_dim, triton.block(launch.value_dim, sizes.out_rows))
+    convolved = band + 2 * keys * tiled(taps, sizes.rows) * columns if taps else 0
+    found = {
+        "scores and gradients of weights, made again for each slice of columns and for queries": heads * again,
+        "products within a step of the inverse, made again after the step": heads * 3 * steps,
+        "the convolution, as products of tiles with a band in a matrix": heads * convolved - 2 * _convolved(call),
+    }
+    total = heads * (again + once + inverse + 15 * steps + convolved)
+    return found | {whole_tiles(causal=False): total - backward_flops(call) - sum(found.values())}
 
 
 def codegen() -> dict[str, Call]:
@@ -370,10 +426,11 @@ SPEC = OpSpec(
     differentiated="everything_small",
     compiled=("plain", "everything", "packed"),
     bad_calls=BAD_CALLS,
-    flops=flops,
     bytes=bytes_,
-    beside_torch=beside_torch,
-    beside_triton=beside_triton,
+    work={
+        "forward": Work(flops, beside_torch, beside_triton),
+        "backward": Work(backward_flops, backward_beside_torch, backward_beside_triton),
+    },
     codegen=codegen,
     metered=metered,
     passes=passes,
