@@ -34,7 +34,7 @@ from benchmarks.claims.cost import flops
 from benchmarks.claims.evidence import Evidence
 from benchmarks.environment import ROOT
 from benchmarks.goals import Goal
-from kx_kernels._core import dispatch
+from kx_kernels._core import dispatch, triton
 from kx_kernels._core.spec import all_specs
 from kx_kernels.testing.metering import metered
 
@@ -284,8 +284,14 @@ ODD = {  # sizes that no tile divides, and forms in which an operator's count is
 
 
 @interpreted
+@pytest.mark.parametrize("tiles", ["interpreter", "GPU"])
 @pytest.mark.parametrize(("name", "how"), [(name, how) for name, hows in ODD.items() for how in hows], ids=str)
-def test_what_counts_differ_by_is_a_formula_of_all_sizes(name: str, how: dict[str, Any]) -> None:
+def test_what_counts_differ_by_is_a_formula_of_all_sizes(
+    name: str, how: dict[str, Any], tiles: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of operands and of tiles: the interpreter takes those of a GPU as well."""
+    if tiles == "GPU":
+        monkeypatch.setattr(triton, "interpreted", lambda: False)
     spec = SPECS[name]
     case = type(spec.cases[spec.example])(**how)
     call = spec.make(case, torch.float32, torch.device("cpu"), 0)
