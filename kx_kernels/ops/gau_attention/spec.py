@@ -435,6 +435,8 @@ SPEC = OpSpec(
             "cuda", "scores_kernel float32", tensor_core=True, async_copies=True, shared=76 << 10, may_spill=True
         ),
         KernelPromise("cuda", "scores_kernel float16", tensor_core=True, shared=76 << 10),  # converted on the way
+        KernelPromise("cuda", "bfloat16 128 1 1", tensor_core=True, async_copies=True, shared=131 << 10),  # by TMA
+        KernelPromise("cuda", "bfloat16 256 1 1", tensor_core=True, async_copies=True, shared=195 << 10),
         KernelPromise("cuda", " 256 ", tensor_core=True, async_copies=True, shared=150 << 10),
         KernelPromise("cuda", tensor_core=True, async_copies=True, shared=100 << 10),
         KernelPromise("triton", " rows_kernel", wide=0.6),
