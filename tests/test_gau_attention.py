@@ -20,7 +20,7 @@ import kx_kernels as kx
 from kx_kernels.ops.gau_attention import api
 from kx_kernels.ops.gau_attention.reference import eager
 from kx_kernels.ops.gau_attention.reference import gau_attention as reference
-from kx_kernels.ops.gau_attention.spec import SPEC
+from kx_kernels.ops.gau_attention.spec import SPEC, GauCase, make
 from kx_kernels.testing.budget import assert_within_budget
 from kx_kernels.testing.emulation import emulated_cuda
 from kx_kernels.testing.poison import same_bits
@@ -551,3 +551,32 @@ def test_function_transforms_see_the_reference(lane: Any) -> None:
     leaf = q.clone().requires_grad_()
     expected = torch.autograd.grad(reference(leaf, k, v, gate, causal=True).sum(), leaf)[0]
     torch.testing.assert_close(grad, expected)
+
+
+def test_gradients_of_rows_of_no_sequence_are_left_out(lane: Any) -> None:
+    """Whatever comes in for them."""
+    case = GauCase(batch=1, lengths=(5, 9), surplus=3, gate=True)
+    call = make(case, torch.float32, torch.device(lane.device), 0)
+    ends = call["cu_seqlens"]
+    inside = torch.arange(call["q"].shape[0], device=lane.device)
+    inside = (inside >= ends[0]) & (inside < ends[-1])
+    inputs = {name: call[name].detach().requires_grad_() for name in ("q", "k", "v", "gate")}
+    o = kx.gau_attention(**{**call, **inputs}, backend=lane.backend)
+    grad = torch.where(inside[:, None, None], torch.ones_like(o), torch.nan)
+    assert not inside.all()
+    for name, x in zip(inputs, torch.autograd.grad(o, list(inputs.values()), grad), strict=True):
+        assert x.isfinite().all(), name
+        assert not x[~inside].any(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_sums_of_rows_divide_numbers_however_small(lane: Any, dtype: torch.dtype) -> None:
+    """Of sigmoid at −88 they are below the least normal number of float32."""
+    if lane.backend not in ("cpu", "reference"):
+        pytest.skip("GPUs may take such numbers for 0")
+    q, k, v = (
+        torch.full((1, 4, 1, d), x, dtype=dtype, device=lane.device) for d, x in ((8, -11.0), (8, 1.0), (8, 2.0))
+    )
+    how = {"activation": "sigmoid", "scale": 1.0, "normalizer": "sum"}
+    o = kx.gau_attention(q, k, v, **how, backend=lane.backend)
+    assert (o - 2).abs().max() < 0.05

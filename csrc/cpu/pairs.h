@@ -6,7 +6,8 @@
 //   a [m, k]    [m, k/2]: neighbours of a row
 //   b [k, n]    [k/2, n]: two rows, column by column
 //
-// An odd k is filled up with zeros. Products are summed in float32, in one order for every row and column.
+// An odd k is filled up with zeros. Products are summed in float32, in one order for every row and column. The
+// instructions take operands and sums below 2⁻¹²⁶ for 0.
 #pragma once
 
 #include "gemm.h"
@@ -43,14 +44,6 @@ inline void pair_rows(const T* even, const T* odd, int n, float* to) {
       return row == nullptr ? _mm512_setzero_si512() : _mm512_cvtepu16_epi32(sixteen(row + j, std::min(16, n - j)));
     };
     _mm512_storeu_si512(to + j, _mm512_or_si512(widened(even), _mm512_slli_epi32(widened(odd), 16)));
-  }
-}
-
-// x rounded to bfloat16 in its place.
-inline void round_row(int n, float* x) {
-  for (int j = 0; j < n; j += 16) {
-    const int count = std::min(16, n - j);
-    store(x + j, Floats{from_bits(sixteen(x + j, count), bfloat16{})}, count);
   }
 }
 

@@ -114,6 +114,7 @@ void backward(const Problem& p, int threads) {
     }
   }
   store_bias<A>(p, grad_bias.get(), p.num_sequences);
+  clear_surplus<T>(p, p.grad_gate, p.cu_seqlens, p.queries, p.heads, p.value_dim);
   clear_surplus<T>(p, p.grad_k, p.cu_seqlens_k, p.keys, p.kv_heads, p.key_dim);
   clear_surplus<T>(p, p.grad_v, p.cu_seqlens_k, p.keys, p.kv_heads, p.value_dim);
 }
@@ -129,7 +130,9 @@ void run(const Problem& p, bool is_backward, int num_threads) {
   with_float(p.dtype, [&](auto example) {
 #ifdef KX_ISA_avx512
     if constexpr (std::is_same_v<decltype(example), bfloat16>) {
-      if (multiplies_pairs() && p.bias == nullptr) {  // a bias is float32, and so is its gradient's accuracy
+      // A bias is float32, and so is its gradient's accuracy; sums of rows divide numbers however small, which
+      // instructions for pairs take for 0 from 2⁻¹²⁶ down.
+      if (multiplies_pairs() && p.bias == nullptr && !p.by_sum) {
         return run_as(example, std::true_type{});
       }
     }

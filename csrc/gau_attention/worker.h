@@ -378,12 +378,9 @@ class Worker {
 
   // Places that n neighbours along k take in an operand.
   static int depth(int n) { return kPairs ? (n + 1) / 2 : n; }
-  // P of rows [from_row, count) as products take it, and rounded likewise where it was.
+  // P of rows [from_row, count) as products take it.
   void pair_scores(int from_row, int count, int keys) {
     for (int i = from_row; i < count; ++i) {
-      if (p.by_sum) {
-        round_row(keys, scores + i * kKeys);
-      }
       pair_neighbours(scores + i * kKeys, keys, weights + i * (kKeys / 2));
     }
   }
@@ -553,9 +550,6 @@ class Worker {
       const int64_t at = s.query_row + first + i;
       A* const g = slice + (i - from_row) * kColumns;
       load_gradient(s.batch, at, head, from, columns, factors[i], keep_query[i], g);
-      if constexpr (kPairs) {
-        round_row(columns, g);  // what products take: sums of it cancel where a row sees one key
-      }
       if (p.by_sum && keep_query[i]) {
         load_ungated(s.batch, at, head, from, columns);
         shifts[i] += total<A>(columns, [&](int e) { return g[e] * row[e]; });
