@@ -92,11 +92,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def cases(device: str) -> list[Case]:
     if device == "cpu":
         return [
-            BASE,
-            replace(BASE, name="float32, full", causal=False),
-            replace(BASE, name="float32, causal, forward and backward", what="both"),
-            replace(BASE, name="float32, full, forward and backward", what="both", causal=False),
-            replace(BASE, name="bfloat16, causal", dtype=torch.bfloat16),
+            *(
+                replace(BASE, name=f"{name}, {how}{suffix}", dtype=dtype, causal=how == "causal", what=what)
+                for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
+                for suffix, what in PASSES
+                for how in ("causal", "full")
+            ),
             *(replace(case, name=f"{case.name}, n = 8192", length=8192, mixed=True) for case in MIXED_CASES),
             *(
                 replace(BASE, name=f"layer {m}, causal, n = 2048{suffix}", length=2048, module=m, what=what)
@@ -460,10 +461,8 @@ def goals() -> list[Goal]:
     ):
         shape = f"{case}, [1, 4096], s 128, e 1536"
         found.append(Goal("as fast as torch eager", cpu, shape, target, "×", speedup(case, "torch eager")))
-    for case in (
-        *(f"float32, {how}{suffix}" for how in ("causal", "full") for suffix, _ in PASSES),
-        "bfloat16, causal",
-    ):
+    for dtype, how, (suffix, _) in itertools.product(("float32", "bfloat16"), ("causal", "full"), PASSES):
+        case = f"{dtype}, {how}{suffix}"
         shape = f"{case}, [1, 4096], s 128, e 1536"
         found.append(Goal("as fast as torch.compile", cpu, shape, 1.0, "×", speedup(case, "torch.compile")))
     for layer in cases("cpu"):
