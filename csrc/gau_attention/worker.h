@@ -377,7 +377,7 @@ class Worker {
   }
 
   // Places that n neighbours along k take in an operand.
-  static int depth(int n) { return kPairs ? (n + 1) / 2 : n; }
+  static int depth(int n) { return kPairs ? pairs_of(n) : n; }
   // P of rows [from_row, count) as products take it.
   void pair_scores(int from_row, int count, int keys) {
     for (int i = from_row; i < count; ++i) {
