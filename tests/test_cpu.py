@@ -43,8 +43,9 @@ def fingerprint(isa: str) -> list[str]:
     return result.stdout.split()
 
 
-@pytest.mark.skipif(ISA not in ("avx512", "avx512_bf16"), reason="needs AVX-512 to compare AVX2 with")
 def test_avx2_gives_the_bits_of_avx512() -> None:
+    if ISA not in ("avx512", "avx512_bf16"):
+        pytest.skip(f"{ISA} is the widest here: there is no AVX-512 to compare AVX2 with")
     name, digest = fingerprint("avx512")
     assert name == "avx512"
     assert fingerprint("avx2") == ["avx2", digest]

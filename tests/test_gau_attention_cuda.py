@@ -241,4 +241,5 @@ def test_copy_engine_and_threads_bring_the_same(lane: Any, form: str) -> None:
             o = in_panels({**c, **dict(zip("qkv", inputs, strict=True))}, workspace)
             results.append([o, *torch.autograd.grad(o, inputs, torch.ones_like(o))])
         for a, b in zip(*results, strict=True):
+            assert a.any()
             assert same_bits(a, b)

@@ -178,7 +178,7 @@ class Worker {
       load_keys(s, head / group(), key, keys);
       score(s, head, first, from_row, count, key, keys, nullptr);
       if constexpr (kPairs) {
-        pair_scores(from_row, count, keys);
+        pair_weights(scores, from_row, count, keys);
       }
       for (int i = from_row; i < count && p.by_sum; ++i) {
         sums[i] += total<A>(keys, [&](int j) { return scores[i * kKeys + j]; });
@@ -301,10 +301,9 @@ class Worker {
           pair_kept(p.q, s.batch, s.query_row + first + from_row, head, 0, key_dim, rows, keep_query + from_row, q_rows,
                     kw);
           gemm_pairs(keys, key_dim, depth(rows), turned_weights, kQueries / 2, q_rows, kw, grad_k, kw, true, [] {});
-          for (int i = 0; i < rows; ++i) {
-            pair_neighbours(grad_scores + from + i * kKeys, keys, weights + i * (kKeys / 2));
-          }
-          gemm_pairs(rows, key_dim, depth(keys), weights, kKeys / 2, k_rows, kw, sums, p.heads * kw, true, [] {});
+          pair_weights(grad_scores, from_row, count, keys);
+          gemm_pairs(rows, key_dim, depth(keys), weights + from_row * (kKeys / 2), kKeys / 2, k_rows, kw, sums,
+                     p.heads * kw, true, [] {});
         } else {
           multiply(keys, key_dim, rows, grad_scores + from, 1, kKeys, q + from_row * kw, kw, grad_k, kw, true);
           multiply(rows, key_dim, keys, grad_scores + from, kKeys, 1, k, kw, sums, p.heads * kw, true);
@@ -378,10 +377,10 @@ class Worker {
 
   // Places that n neighbours along k take in an operand.
   static int depth(int n) { return kPairs ? pairs_of(n) : n; }
-  // P of rows [from_row, count) as products take it.
-  void pair_scores(int from_row, int count, int keys) {
+  // Rows [from_row, count) of x [kQueries, keys] as products take them, to `weights`.
+  void pair_weights(const A* x, int from_row, int count, int keys) {
     for (int i = from_row; i < count; ++i) {
-      pair_neighbours(scores + i * kKeys, keys, weights + i * (kKeys / 2));
+      pair_neighbours(x + i * kKeys, keys, weights + i * (kKeys / 2));
     }
   }
   // The transpose of x [rows, keys] as products take it, to `turned_weights`.
